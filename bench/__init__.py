@@ -1,0 +1,1 @@
+"""One file per measurement; `run.py bench NAME` runs `bench.NAME.main`."""

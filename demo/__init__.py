@@ -1,0 +1,1 @@
+"""The toy world: generator, oracle, trainer and the committed weights."""

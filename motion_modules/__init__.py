@@ -1,0 +1,1 @@
+"""Networks and file formats: torch, einops and safetensors only."""

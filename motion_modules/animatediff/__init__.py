@@ -1,0 +1,1 @@
+"""AnimateDiff motion modules, MotionLoRAs and domain adapters."""

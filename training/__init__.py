@@ -1,0 +1,1 @@
+"""Data sets, recipes and one training loop; knows nothing of the host."""
