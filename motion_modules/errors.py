@@ -1,0 +1,19 @@
+"""Errors whose text is meant for the person at the canvas: what was found, what was expected, what to do."""
+
+from __future__ import annotations
+
+
+class LatentMotionError(ValueError):
+    """Base of every error the pack raises for something the user can mend."""
+
+
+class CheckpointError(LatentMotionError):
+    """A file is not what the node needs, or is damaged."""
+
+
+class ModelMismatchError(LatentMotionError):
+    """Two well-formed things do not fit each other, such as an SDXL motion module on an SD1.5 model."""
+
+
+class ClipError(LatentMotionError):
+    """The clip handed to a video model has an impossible number of frames."""
