@@ -1,0 +1,199 @@
+"""Turn an image MODEL into a video MODEL, on seams the host offers and for the length of each call only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..motion_modules.animatediff.spec import JointNorms, Schedule
+from ..motion_modules.call import MotionCall
+from ..motion_modules.errors import ClipError, ModelMismatchError
+from ..sampling.frame_values import FrameValues
+from .memory import slab_bytes
+from .motion import MotionModule
+from .schedule import set_schedule
+from .unet import CALLS, MotionSlot, block_of, check_fit, host_affine, inflated, joint_norms, run_slot
+
+KEY = "latentmotion"
+
+
+@dataclass(frozen=True)
+class MotionSettings:
+    """How one motion module is used on a MODEL.
+
+    frames: images per clip, 0 for the whole batch. start, end: share of the sampling run, 0 to 1.
+    stretch: spread a longer clip over the positions the module was trained on.
+    as_evolved: take the GroupNorm statistics that AnimateDiff-Evolved takes, for v1 and SDXL beta.
+    schedule: noise schedule to set, None to keep the image model's own.
+    """
+
+    strength: FrameValues = FrameValues()
+    scale: FrameValues = FrameValues()
+    start: float = 0.0
+    end: float = 1.0
+    frames: int = 0
+    stretch: bool = False
+    as_evolved: bool = False
+    schedule: Schedule | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """A motion module with its settings and the layers that will stand in the UNet for it."""
+
+    module: MotionModule
+    settings: MotionSettings
+    slots: dict[str, MotionSlot]
+
+    @property
+    def joint(self) -> JointNorms:
+        variant = self.module.spec.variant
+        return variant.joint_as_evolved if self.settings.as_evolved else variant.joint
+
+
+def apply_motion(model: ModelPatcher, module: MotionModule, settings: MotionSettings) -> ModelPatcher:
+    """Return a clone of `model` that makes video with this module, on top of modules it already has.
+
+    Raises ModelMismatchError when the two do not belong together.
+    """
+    check_fit(model.get_model_object("diffusion_model"), module.spec, module.name)
+    model = model.clone()
+    before = _motions_of(model)
+    if any(motion.module.patcher.model is module.patcher.model for motion in before):
+        raise ModelMismatchError(f"{module.name} is already applied to this MODEL. Apply another file, or put all "
+                                 "MotionLoRAs on one motion module before applying it.")
+    variant = module.spec.variant
+    joint = (variant.joint_as_evolved if settings.as_evolved else variant.joint).motion
+    slots = {name: MotionSlot(transformer, len(before), joint)
+             for name, transformer in module.patcher.model.transformers().items()}
+    motions = (*before, Motion(module, settings, slots))
+    _install(model, motions)
+    if settings.schedule is not None:
+        set_schedule(model, settings.schedule)
+    return model
+
+
+def _motions_of(model: ModelPatcher) -> tuple[Motion, ...]:
+    return next((wrapper.motions for wrapper in model.get_wrappers(WrappersMP.APPLY_MODEL, KEY)), ())
+
+
+def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
+    frames = motions[0].settings.frames
+    for kind, wrapper in ((WrappersMP.APPLY_MODEL, Inflation(motions)), (WrappersMP.PREDICT_NOISE, publish_clip),
+                          (WrappersMP.CALC_COND_BATCH, publish_window)):
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    if len(motions) == 1:
+        model.set_model_forward_timestep_embed_patch((MotionSlot, run_slot))
+    model.set_additional_models(KEY, [motion.module.patcher for motion in motions])
+    model.set_attachments(KEY, {"frames": frames})
+
+
+def publish_clip(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict, *args: Any, **kw: Any) -> Tensor:
+    """Tell neighbouring packs the length of the clip, under the key they read."""
+    params = {"full_length": x.shape[0], "context_length": None, "sub_idxs": None}
+    return executor(x, timestep, _with(model_options, {"ad_params": params}), *args, **kw)
+
+
+def publish_window(executor: Callable, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: dict,
+                   *args: Any, **kw: Any) -> Any:
+    """Tell neighbouring packs which frames of the clip the coming call works on."""
+    options = model_options.get("transformer_options", {})
+    indices = _window_indices(options)
+    if indices is not None:
+        params = {"full_length": x.shape[0], **options.get("ad_params", {}), "context_length": len(indices),
+                  "sub_idxs": indices}
+        model_options = _with(model_options, {"ad_params": params})
+    return executor(model, conds, x, timestep, model_options, *args, **kw)
+
+
+def _with(model_options: dict, extra: dict) -> dict:
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **extra}}
+
+
+def _window_indices(transformer_options: dict) -> list[int] | None:
+    window = transformer_options.get("context_window")
+    return None if window is None else list(window.index_list)
+
+
+@dataclass(frozen=True, eq=False)
+class Inflation:
+    """Wraps the host's call of a model: the UNet is a video UNet inside it, and an image UNet before and after."""
+
+    motions: tuple[Motion, ...]
+
+    def __call__(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None,
+                 control: Any = None, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
+        options = transformer_options or {}
+        base = executor.class_obj
+        calls = {}
+        for number, motion in enumerate(self.motions):
+            if self._active(motion, base, t):
+                calls[number] = _call_of(motion, x, options)
+        if not calls:
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        unet = base.diffusion_model
+        slots = [(block_of(unet, motion.module.spec, name), slot)
+                 for number, motion in enumerate(self.motions) if number in calls
+                 for name, slot in motion.slots.items()]
+        norms = [norm for number, motion in enumerate(self.motions) if number in calls
+                 for norm in joint_norms(unet, motion.joint)]
+        frames = next(iter(calls.values())).frames
+        with inflated(unet, slots, norms, frames):
+            return executor(x, t, c_concat, c_crossattn, control, {**options, CALLS: calls}, **kwargs)
+
+    @staticmethod
+    def _active(motion: Motion, base: Any, t: Tensor) -> bool:
+        settings = motion.settings
+        if settings.strength.is_zero:
+            return False
+        if settings.start <= 0.0 and settings.end >= 1.0:
+            return True
+        sigma = float(t.max())
+        first, last = (base.model_sampling.percent_to_sigma(share) for share in (settings.start, settings.end))
+        return last < sigma <= first or (settings.end >= 1.0 and sigma <= first)
+
+
+def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
+    """Work out frames, positions and per-frame values of one call from the batch the host made."""
+    settings, spec = motion.settings, motion.module.spec
+    images = x.shape[0] // max(1, len(options.get("cond_or_uncond", (0,))))
+    indices = _window_indices(options)
+    frames = settings.frames if settings.frames and indices is None else images
+    _check_frames(frames, images, motion, windowed=indices is not None)
+    indices = indices if indices is not None else list(range(frames))
+    positions = torch.arange(frames, dtype=torch.float32)
+    if frames > spec.positions:
+        positions = torch.linspace(0, spec.positions - 1, frames)
+    clips = x.shape[0] // frames
+    return MotionCall(
+        frames=frames,
+        positions=positions.to(x.device),
+        strength=settings.strength.at(indices, clips),
+        scale=settings.scale.at(indices, clips),
+        slab_bytes=slab_bytes(x.device),
+        affine=host_affine,
+    )
+
+
+def _check_frames(frames: int, images: int, motion: Motion, windowed: bool) -> None:
+    spec, name = motion.module.spec, motion.module.name
+    if images == 0:
+        raise ClipError("The latent holds no frames. Set batch_size of the Empty Latent Image node to the number of "
+                        "frames, 16 for instance.")
+    if images % frames:
+        raise ClipError(f"The batch holds {images} images, which {frames} frames per clip do not divide. Set frames on "
+                        f"Apply Motion Module to 0 for one clip of {images} frames, or change the batch.")
+    if frames == 1 and not windowed:
+        raise ClipError("This MODEL makes video, and the latent holds one frame only. Set batch_size of the Empty "
+                        "Latent Image node to the number of frames, 16 for instance.")
+    if frames > spec.positions and not motion.settings.stretch:
+        raise ClipError(f"{name} knows {spec.positions} frame positions, and this {'window' if windowed else 'clip'} "
+                        f"has {frames} frames. Make it shorter, put a Context Windows node on the MODEL with a length "
+                        f"of at most {spec.positions}, or set positions on Apply Motion Module to 'stretch'.")

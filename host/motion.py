@@ -1,0 +1,73 @@
+"""Motion modules as the host's own managed models, and MotionLoRAs as weight patches of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import comfy.model_management
+import comfy.ops
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter
+
+from ..motion_modules.animatediff.checkpoint import MotionFile, read_motion_module
+from ..motion_modules.animatediff.lora import MotionLora, parts_for, read_motion_lora
+from ..motion_modules.animatediff.network import MotionModel
+from ..motion_modules.animatediff.spec import MotionSpec
+from ..motion_modules.files import read_weights
+from . import paths
+
+FLOAT8 = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name))
+
+
+@dataclass(frozen=True, eq=False)
+class MotionModule:
+    """What travels on a MOTION_MODULE link: a managed model, its layout and its file's name."""
+
+    name: str
+    spec: MotionSpec
+    patcher: ModelPatcher
+
+    def describe(self) -> str:
+        spec = self.spec
+        return f"{self.name}: {spec.variant.name} for {spec.family}, {len(spec.slots)} modules, {spec.positions} frames"
+
+
+def load_motion_module(name: str) -> MotionModule:
+    """Load a file of the animatediff_models folder. Raises CheckpointError with a sentence for the user."""
+    path = paths.locate(paths.MOTION_MODULES, name)
+    return manage(read_motion_module(read_weights(path), name), name)
+
+
+def manage(file: MotionFile, name: str) -> MotionModule:
+    """Build the network and hand it to the host's model management."""
+    tensors = list(file.weights.values())
+    device = comfy.model_management.get_torch_device()
+    dtype = tensors[0].dtype
+    if dtype not in FLOAT8:
+        count = sum(t.numel() for t in tensors)
+        dtype = comfy.model_management.unet_dtype(device=device, model_params=count, weight_dtype=dtype)
+    offload = comfy.model_management.unet_offload_device()
+    network = MotionModel(file.spec, comfy.ops.manual_cast, dtype=dtype, device=offload)
+    network.load_state_dict(file.weights)
+    network.eval().requires_grad_(False)
+    return MotionModule(name, file.spec, ModelPatcher(network, load_device=device, offload_device=offload))
+
+
+def add_motion_lora(module: MotionModule, name: str, strength: float) -> MotionModule:
+    """Patch a MotionLoRA of the animatediff_motion_lora folder onto a motion module, leaving the given one alone.
+
+    Raises CheckpointError or ModelMismatchError with a sentence for the user.
+    """
+    path = paths.locate(paths.MOTION_LORAS, name)
+    return patch_motion_lora(module, read_motion_lora(read_weights(path), name), strength)
+
+
+def patch_motion_lora(module: MotionModule, lora: MotionLora, strength: float) -> MotionModule:
+    """Patch an already read MotionLoRA onto a motion module."""
+    shapes = {key: tensor.shape for key, tensor in module.patcher.model.state_dict().items()}
+    parts = parts_for(lora, module.spec, shapes)
+    patcher = module.patcher.clone()
+    patcher.add_patches({key: LoRAAdapter(set(), (part.up, part.down, part.alpha, None, None, None))
+                         for key, part in parts.items()}, strength)
+    return replace(module, patcher=patcher)

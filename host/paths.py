@@ -1,0 +1,66 @@
+"""Where model files live: the folders AnimateDiff users already have, and the pack's own demo weights."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+import folder_paths
+
+from ..motion_modules.animatediff.checkpoint import refuse_other_files
+from ..motion_modules.errors import CheckpointError
+from ..motion_modules.files import read_outline
+
+MOTION_MODULES = "animatediff_models"
+MOTION_LORAS = "animatediff_motion_lora"
+DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
+
+
+def register_folders() -> None:
+    """Make the motion folders known to the host; paths that the user or another pack has set stay first."""
+    for name in (MOTION_MODULES, MOTION_LORAS):
+        folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
+        folders, extensions = folder_paths.folder_names_and_paths[name]
+        folder_paths.folder_names_and_paths[name] = (folders, extensions or folder_paths.supported_pt_extensions)
+    for name in (MOTION_MODULES, MOTION_LORAS, "loras"):
+        if (DEMO_WEIGHTS / name).is_dir():
+            folder_paths.add_model_folder_path(name, str(DEMO_WEIGHTS / name))
+
+
+def list_files(folder: str) -> list[str]:
+    """Names the user can choose from."""
+    return folder_paths.get_filename_list(folder)
+
+
+def locate(folder: str, name: str) -> Path:
+    """Full path of a chosen file. Raises CheckpointError naming files that would fit when it is not there."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise CheckpointError(missing_file(folder, name))
+    return Path(path)
+
+
+def missing_file(folder: str, name: str) -> str:
+    """The sentence for a shared workflow that names a file this user lacks."""
+    kind = {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA"}[folder]
+    fitting = [candidate for candidate in list_files(folder) if _fits(folder, candidate)]
+    if not fitting:
+        return (f"The {kind} {name} is not in your {folder} folder, and neither is any other. Put one into "
+                f"{Path(folder_paths.models_dir) / folder} and refresh the page.")
+    closest = difflib.get_close_matches(name, fitting, n=5, cutoff=0.0)
+    return (f"The {kind} {name} is not in your {folder} folder. Of the files you have, these would fit: "
+            f"{', '.join(closest)}.")
+
+
+def _fits(folder: str, name: str) -> bool:
+    """Whether a file is of the right kind, as far as its header tells; pickles have none and count as fitting."""
+    path = Path(folder_paths.get_full_path(folder, name) or name)
+    if path.suffix not in (".safetensors", ".sft"):
+        return True
+    try:
+        outline = read_outline(path)
+        if folder == MOTION_MODULES:
+            refuse_other_files(outline, name)
+        return folder == MOTION_MODULES or any("motion_modules." in key and "lora" in key for key in outline)
+    except CheckpointError:
+        return False

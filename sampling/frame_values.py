@@ -1,0 +1,85 @@
+"""A setting that may change from frame to frame, and from place to place within a frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FrameValues:
+    """A number for the whole clip, times an optional map per frame.
+
+    maps: (F, 1, H, W); one frame stands for all, and the last one is held when the clip is longer.
+    """
+
+    number: float = 1.0
+    maps: Tensor | None = None
+
+    @property
+    def is_zero(self) -> bool:
+        return self.number == 0.0 and self.maps is None
+
+    def at(self, frames: Sequence[int], clips: int) -> float | Tensor:
+        """Values for these frames of the clip, repeated for every clip in the call.
+
+        Returns a number, or a tensor (clips * len(frames), 1, H, W).
+        """
+        if self.maps is None:
+            return self.number
+        last = self.maps.shape[0] - 1
+        index = torch.tensor([min(frame, last) for frame in frames], device=self.maps.device)
+        return (self.maps[index] * self.number).repeat(clips, 1, 1, 1)
+
+    def __deepcopy__(self, memo: dict) -> FrameValues:
+        """Immutable, so copies of a model's options share it."""
+        return self
+
+
+def frame_values(number: float, per_frame: Tensor | Sequence[float] | float | None) -> FrameValues:
+    """Build from a number and what a socket may bring: nothing, a number, a list of numbers, or masks (F, H, W).
+
+    Raises ValueError for an empty list or a mask of another rank.
+    """
+    if per_frame is None:
+        return FrameValues(float(number))
+    if isinstance(per_frame, Tensor):
+        maps = per_frame if per_frame.ndim > 2 else per_frame[None]
+        if maps.ndim != 3:
+            raise ValueError(f"per-frame values must be masks of shape (frames, height, width), not {tuple(maps.shape)}")
+        return FrameValues(float(number), maps[:, None].float().clone())
+    values = [float(v) for v in per_frame] if isinstance(per_frame, Sequence) else [float(per_frame)]
+    if not values:
+        raise ValueError("per-frame values are an empty list; give at least one number")
+    return FrameValues(float(number), torch.tensor(values)[:, None, None, None])
+
+
+def parse_frame_values(text: str) -> list[float]:
+    """Read "0.2, 0.5, 1" (one number per frame) or "0: 0.2, 15: 1" (keyframes, linear between).
+
+    Raises ValueError naming the part that cannot be read.
+    """
+    parts = [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()]
+    keyed = [part for part in parts if ":" in part]
+    try:
+        if not keyed:
+            return [float(part) for part in parts]
+        pairs = [(int(part.split(":")[0]), float(part.split(":")[1])) for part in parts]
+    except (ValueError, IndexError):
+        raise ValueError(f'cannot read "{text}": write numbers such as 0.2, 0.5, 1 or keyframes such as '
+                         "0: 0.2, 15: 1") from None
+    return _between(sorted(pairs))
+
+
+def _between(keys: list[tuple[int, float]]) -> list[float]:
+    if keys[0][0] < 0:
+        raise ValueError(f"frame {keys[0][0]} is before the first frame; frames count from 0")
+    values = [keys[0][1]] * (keys[0][0] + 1)
+    for (a, low), (b, high) in zip(keys, keys[1:], strict=False):
+        if a == b:
+            raise ValueError(f"frame {a} has two values")
+        values += [low + (high - low) * (frame - a) / (b - a) for frame in range(a + 1, b + 1)]
+    return values
