@@ -23,7 +23,8 @@ PACKAGE = "latentmotion"
 def load_pack() -> ModuleType:
     """Import this checkout under the fixed package name `latentmotion`, whatever its folder is called."""
     if PACKAGE not in sys.modules:
-        spec = importlib.util.spec_from_file_location(PACKAGE, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+        init = ROOT / "__init__.py"
+        spec = importlib.util.spec_from_file_location(PACKAGE, init, submodule_search_locations=[str(ROOT)])
         module = importlib.util.module_from_spec(spec)
         sys.modules[PACKAGE] = module
         spec.loader.exec_module(module)
@@ -41,6 +42,8 @@ def load_host(path: Path, *arguments: str) -> None:
     try:
         importlib.import_module("comfy.options").enable_args_parsing()
         importlib.import_module("comfy.cli_args")
+        # The host's `nodes` puts comfy/ first on the path, where a `utils.py` would hide the host's `utils` package.
+        importlib.import_module("utils.extra_config")
     finally:
         sys.argv = saved
 
