@@ -1,0 +1,60 @@
+"""What the choices on the nodes mean, and the checks a node makes before anything runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..motion_modules.animatediff.spec import Schedule
+from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
+from . import paths
+from .inflate import MotionSettings
+from .motion import MotionModule
+
+AS_TRAINED = "as trained"
+MODELS_OWN = "image model's own"
+SCHEDULES = [AS_TRAINED, MODELS_OWN, *(schedule.value for schedule in Schedule)]
+STRETCH = "stretch"
+POSITIONS = [AS_TRAINED, STRETCH]
+AS_EVOLVED = "as AnimateDiff-Evolved"
+GROUP_NORMS = [AS_TRAINED, AS_EVOLVED]
+
+
+def known_file(folder: str, name: str) -> bool | str:
+    """True, or the sentence for a workflow that names a file the user lacks."""
+    return True if name in paths.list_files(folder) else paths.missing_file(folder, name)
+
+
+def known_range(start: float, end: float) -> bool | str:
+    """True, or the sentence for a part of the sampling run that is empty or out of bounds."""
+    if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
+        return f"start_percent ({start}) and end_percent ({end}) must lie between 0 and 1."
+    if start >= end:
+        return (f"start_percent ({start}) is not below end_percent ({end}), so the motion module would never act. "
+                "Lower start_percent or raise end_percent.")
+    return True
+
+
+def settings(module: MotionModule, *, strength: float, motion_scale: float, start_percent: float, end_percent: float,
+             noise_schedule: str, frames: int, positions: str, group_norm: str, strength_per_frame: Any = None,
+             motion_scale_per_frame: Any = None) -> MotionSettings:
+    """Translate the widgets of Apply Motion Module. Raises ValueError for per-frame values that cannot be read."""
+    return MotionSettings(
+        strength=_per_frame(strength, strength_per_frame),
+        scale=_per_frame(motion_scale, motion_scale_per_frame),
+        start=start_percent,
+        end=end_percent,
+        frames=frames,
+        stretch=positions == STRETCH,
+        as_evolved=group_norm == AS_EVOLVED,
+        schedule=_schedule(module, noise_schedule),
+    )
+
+
+def _per_frame(number: float, value: Any) -> FrameValues:
+    return frame_values(number, parse_frame_values(value) if isinstance(value, str) else value)
+
+
+def _schedule(module: MotionModule, choice: str) -> Schedule | None:
+    if choice == AS_TRAINED:
+        return module.spec.variant.schedule
+    return None if choice == MODELS_OWN else Schedule(choice)

@@ -1,0 +1,21 @@
+"""What a user drags: a schema and one call each."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from ..host import paths
+from . import motion
+
+
+class LatentMotionExtension(ComfyExtension):
+    """Registers the pack's nodes and model folders with the host."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        paths.register_folders()
+        return all_nodes()
+
+
+def all_nodes() -> list[type[io.ComfyNode]]:
+    """Every node of the pack, in the order of the add-node menu."""
+    return [*motion.NODES]

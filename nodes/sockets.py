@@ -1,0 +1,8 @@
+"""Socket types of the pack's own; everything else is the host's."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+MotionModuleSocket = io.Custom("MOTION_MODULE")
+CATEGORY = "latent motion"
