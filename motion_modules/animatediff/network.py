@@ -43,13 +43,13 @@ class TemporalAttention(nn.Module):
         self.to_out = nn.ModuleList([ops.Linear(channels, channels, **factory)])
 
     def forward(self, rows: Tensor, call: MotionCall, scale: float | Tensor) -> Tensor:
-        """Shapes: rows (f, d, c), scale a number or (f, d, 1) -> (d, f, c)."""
+        """Shapes: rows (f, d, c), scale a number or (f, d, 1) -> (f, d, c)."""
         f, d, c = rows.shape
         q, k, v = self.to_q(rows), self.to_k(rows), self.to_v(rows)
         if isinstance(scale, Tensor) or scale != 1.0:
             k = k * scale
         q, k, v = (t.view(f, d, self.heads, c // self.heads).permute(1, 2, 0, 3) for t in (q, k, v))
-        mixed = call.attention(q, k, v).transpose(1, 2).reshape(d, f, c)
+        mixed = call.attention(q, k, v).permute(2, 0, 1, 3).reshape(f, d, c)
         return self.to_out[0](mixed)
 
 
@@ -62,7 +62,8 @@ class GatedProjection(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         value, gate = self.proj(rows).chunk(2, dim=-1)
-        return value * functional.gelu(gate)
+        gate = functional.gelu(gate)
+        return gate * value if torch.is_grad_enabled() else gate.mul_(value)
 
 
 class FeedForward(nn.Module):
@@ -95,7 +96,7 @@ class TemporalBlock(nn.Module):
     def forward(self, rows: Tensor, call: MotionCall, table: Tensor, scale: float | Tensor) -> Tensor:
         """Shapes: rows (f, d, c), table (f, 1, c) -> (f, d, c)."""
         for attention, norm in zip(self.attention_blocks, self.norms, strict=True):
-            rows = rows + attention(norm(rows) + table, call, scale).transpose(0, 1)
+            rows = rows + attention(norm(rows) + table, call, scale)
         return rows + self.ff(self.ff_norm(rows))
 
 
@@ -124,8 +125,8 @@ class TemporalTransformer(nn.Module):
             clips = [self._motion(normed[i : i + call.frames], call, table, _rows(scale, i, call, 0, h * w))
                      for i in range(0, n, call.frames)]
             return x + torch.cat(clips).transpose(1, 2).reshape(x.shape) * strength
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        flat_x, flat_out = x.reshape(n, c, h * w), out.view(n, c, h * w)
+        out = x.clone(memory_format=torch.contiguous_format)
+        flat = out.view(n, c, h * w)
         flat_strength = strength.reshape(n, 1, h * w) if isinstance(strength, Tensor) else strength
         for i, a, b in _slabs(n, h * w, c, x.element_size(), call):
             clip = slice(i, i + call.frames)
@@ -134,12 +135,12 @@ class TemporalTransformer(nn.Module):
                 motion = motion * flat_strength[clip, :, a:b]
             elif flat_strength != 1.0:
                 motion = motion * flat_strength
-            flat_out[clip, :, a:b] = flat_x[clip, :, a:b] + motion
+            flat[clip, :, a:b].add_(motion)
         return out
 
     def _motion(self, normed: Tensor, call: MotionCall, table: Tensor, scale: float | Tensor) -> Tensor:
         """Shapes: normed (f, c, d) -> (f, d, c)."""
-        rows = self.proj_in(normed.transpose(1, 2).contiguous())
+        rows = self.proj_in(normed.transpose(1, 2))
         for block in self.transformer_blocks:
             rows = block(rows, call, table, scale)
         return self.proj_out(rows)
