@@ -1,0 +1,113 @@
+"""Small random motion modules for the host tests, and the one check they share: the host is as it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import tiny_host
+import torch
+from comfy.model_patcher import ModelPatcher
+from latentmotion.host.inflate import MotionSettings, apply_motion
+from latentmotion.host.motion import MotionModule, manage, patch_motion_lora
+from latentmotion.host.unet import MotionSlot
+from latentmotion.motion_modules.animatediff.checkpoint import MotionFile
+from latentmotion.motion_modules.animatediff.lora import read_motion_lora
+from latentmotion.motion_modules.animatediff.network import MotionModel
+from latentmotion.motion_modules.animatediff.spec import V2, MotionSpec, Variant
+from torch import Tensor
+
+WIDTHS = (32, 64, 128, 128)
+SMALL = {
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+    "transformer_depth": [1, 1],
+    "transformer_depth_output": [1, 1, 1, 1],
+}
+SMALL_WIDTHS = (32, 64)
+
+
+def motion_spec(
+    widths: tuple[int, ...] = WIDTHS, layers: int = 2, variant: Variant = V2, positions: int = 32
+) -> MotionSpec:
+    """Layout of a module with a mid block for a UNet of these widths and residual layers per level."""
+    slots = [(f"down_blocks.{i}.motion_modules.{j}", c) for i, c in enumerate(widths) for j in range(layers)]
+    slots.append(("mid_block.motion_modules.0", widths[-1]))
+    slots += [
+        (f"up_blocks.{i}.motion_modules.{j}", c) for i, c in enumerate(reversed(widths)) for j in range(layers + 1)
+    ]
+    return MotionSpec(variant, tuple(slots), positions)
+
+
+def motion_weights(spec: MotionSpec, seed: int = 0) -> dict[str, Tensor]:
+    """Seeded tensors under the published names, none of them a no-op."""
+    with torch.inference_mode(False):
+        return tiny_host.randomize(MotionModel(spec), seed).state_dict()
+
+
+def motion_module(
+    seed: int = 0, dtype: torch.dtype = torch.float32, still: bool = False, **layout: Any
+) -> MotionModule:
+    """A managed motion module; `still` ones add exactly zero, so whatever the host computes must not change."""
+    spec = motion_spec(**layout)
+    weights = motion_weights(spec, seed)
+    for name, tensor in weights.items():
+        if still and ".proj_out." in name:
+            tensor.zero_()
+    return manage(MotionFile(spec, {name: tensor.to(dtype) for name, tensor in weights.items()}), f"tiny-{seed}")
+
+
+def motion_lora(module: MotionModule, seed: int = 0, strength: float = 1.0, rank: int = 2) -> MotionModule:
+    """The module with a random MotionLoRA on every query projection."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for slot, channels in module.spec.slots:
+        stem = f"{slot}.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor.to_q_lora"
+        pairs[f"{stem}.down.weight"] = torch.randn(rank, channels, generator=generator) * 0.5
+        pairs[f"{stem}.up.weight"] = torch.randn(channels, rank, generator=generator)
+    return patch_motion_lora(module, read_motion_lora(pairs, f"lora-{seed}"), strength)
+
+
+@dataclass
+class Pair:
+    """An image MODEL, and what it was before any test touched it."""
+
+    plain: ModelPatcher
+    module: MotionModule
+    still_module: MotionModule
+    weights: dict[str, Tensor] = field(init=False)
+    modules: list[tuple[str, str]] = field(init=False)
+    image: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.weights = tiny_host.weights(self.plain)
+        self.modules = tiny_host.modules_of(self.plain)
+        self.image = tiny_host.sample(self.plain, 2, steps=1)
+
+    def video(self, module: MotionModule | None = None, **settings: Any) -> ModelPatcher:
+        return apply_motion(self.plain, module or self.module, MotionSettings(**settings))
+
+    @property
+    def still(self) -> ModelPatcher:
+        """Inflated like any other, but every motion module adds zero."""
+        return self.video(self.still_module)
+
+    def assert_untouched(self) -> None:
+        """Nothing of ours is left in the host's network, and it draws the image it drew at first, bit for bit."""
+        self.assert_nothing_left()
+        assert torch.equal(tiny_host.sample(self.plain, 2, steps=1), self.image)
+        comfy.model_management.unload_all_models()
+        tiny_host.assert_same_weights(self.plain, self.weights)
+
+    def assert_nothing_left(self) -> None:
+        """No layer of ours among the host's, under any name, and no method replaced on any of its layers."""
+        network = self.plain.model.diffusion_model
+        assert not any(isinstance(module, MotionSlot) for module in network.modules())
+        assert not [name for name, module in network.named_modules() if "forward" in vars(module)]
+        assert tiny_host.modules_of(self.plain) == self.modules
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest value expected."""
+    return float((found - expected).abs().max() / expected.abs().max())
