@@ -1,0 +1,209 @@
+"""The Python environment of a host and the pack: a virtual environment in the cache, trusted only when complete.
+
+It is built under a temporary name, marked by a stamp file, then renamed; so a killed pip, a full disk or a lost network
+leaves nothing that a later run takes for an environment. A lock that dies with its process keeps two runs apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from console import Progress, SetupError, say, tail
+
+STAMP = ".complete"
+FREE_GIGABYTES = 8
+NO_INDEX = "The package index did not answer. Check the network, then run this again."
+HINTS = (
+    ("No space left on device", "The disk is full: an environment takes about 6 GB. Free some, then run this again."),
+    ("THESE PACKAGES DO NOT MATCH THE HASHES", "A download arrived damaged. Run this again."),
+    ("Requires-Python", "This Python may be too new or too old for a package: try Python 3.10 to 3.13."),
+    ("Temporary failure in name resolution", "There seems to be no network. Connect, then run this again."),
+    ("Failed to establish a new connection", NO_INDEX),
+    ("Connection refused", NO_INDEX),
+    ("Read timed out", "The network is too slow or was lost. Run this again: what was downloaded is kept by pip."),
+    ("No matching distribution found", "pip cannot find a package: no network, or an index without it. See the log."),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What an environment is made of: requirement files, single requirements, and the Python that runs them."""
+
+    label: str
+    files: tuple[Path, ...]
+    extra: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """Name of the environment's folder: the label and a hash of everything that decides what is installed."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(file.read_bytes() + b"\0")
+        python = (*sys.version_info[:2], sys.base_prefix, sys.platform, platform.machine())
+        digest.update(repr((self.extra, python)).encode())
+        return f"{self.label}-{digest.hexdigest()[:12]}"
+
+
+def cache_folder() -> Path:
+    """Where environments and hosts are kept: $LATENTMOTION_CACHE, else ~/.cache/latentmotion."""
+    return Path(os.environ.get("LATENTMOTION_CACHE") or Path.home() / ".cache" / "latentmotion").expanduser().absolute()
+
+
+def python_of(folder: Path) -> Path:
+    """The interpreter inside a virtual environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether `folder` was finished and its interpreter still starts."""
+    if not (folder / STAMP).is_file():
+        return False
+    check = subprocess.run([python_of(folder), "-c", ""], capture_output=True, check=False)
+    return check.returncode == 0
+
+
+@contextlib.contextmanager
+def locked(file: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on `file`; the system drops it when the process ends, however it ends."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+b") as handle:
+        if not _try_lock(handle):
+            say(f"Another run is busy with {what}; waiting for it ...")
+            while not _try_lock(handle):
+                threading.Event().wait(0.5)
+        yield
+
+
+def _try_lock(handle) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            handle.seek(0)
+            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path, prefix: str) -> None:
+    """Delete what a killed run left beside its goal. Call with the lock held."""
+    for leftover in folder.glob(f"{prefix}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def ensure(recipe: Recipe, cache: Path) -> Path:
+    """The interpreter of a complete environment for `recipe`, built now if there is none.
+
+    Raises: SetupError saying what failed and what to do; the cache then holds nothing that would be trusted.
+    """
+    folder = cache / "envs" / recipe.key()
+    if is_complete(folder):
+        return python_of(folder)
+    with locked(cache / "envs" / f"{folder.name}.lock", "the same environment"):
+        if not is_complete(folder):  # the run that was waited for may have built it
+            _build(recipe, folder)
+    return python_of(folder)
+
+
+def _build(recipe: Recipe, folder: Path) -> None:
+    partial = f".partial-{folder.name}-"
+    remove_leftovers(folder.parent, partial)
+    building = folder.parent / f"{partial}{uuid.uuid4().hex[:8]}"
+    log = folder.parent.parent / "logs" / f"{folder.name}.log"
+    say(f"Building the Python environment in {folder}")
+    say("  about 3 minutes where pip has the packages, 10 or more where it must download some 3 GB; 6 GB on disk")
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    if free < FREE_GIGABYTES:
+        say(f"  careful: only {free:.1f} GB free on this disk")
+    try:
+        pip = _create(building, log)
+        arguments = [part for file in recipe.files for part in ("-r", str(file))]
+        _install([*pip, "install", "--no-input", "--progress-bar", "off", *arguments, *recipe.extra], log)
+        (building / STAMP).write_text("complete\n", encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)  # an older one that is_complete refused
+        building.rename(folder)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _create(folder: Path, log: Path) -> list[str]:
+    """Make an empty virtual environment; the pip command that installs into it."""
+    own_pip = importlib.util.find_spec("ensurepip") is not None
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as output:
+        command = [sys.executable, "-m", "venv", *([] if own_pip else ["--without-pip"]), str(folder)]
+        made = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
+    if made.returncode != 0:
+        raise SetupError(
+            f"Python could not make a virtual environment in {folder}:\n{tail(log)}\n"
+            "On Debian and Ubuntu: apt-get install python3-venv"
+        )
+    python = str(python_of(folder))
+    if own_pip:
+        return [python, "-m", "pip"]
+    return [*any_pip(), "--python", python]
+
+
+def any_pip() -> list[str]:
+    """The pip command of the Python that runs this script."""
+    if importlib.util.find_spec("pip") is None:
+        raise SetupError(
+            f"{sys.executable} has neither pip nor ensurepip. On Debian and Ubuntu: apt-get install python3-venv"
+        )
+    return [sys.executable, "-m", "pip"]
+
+
+def _install(command: list[str], log: Path) -> None:
+    """Run pip, its whole output in `log` and what it is busy with on one line.
+
+    Raises: SetupError with pip's last lines and what to do.
+    """
+    progress = Progress()
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    current = ["starting pip"]
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(1.0):
+            progress.show(current[0])
+
+    ticker = threading.Thread(target=tick, daemon=True)
+    ticker.start()
+    try:
+        with open(log, "a", encoding="utf-8") as output:
+            for line in process.stdout:
+                output.write(line)
+                output.flush()
+                if line.startswith("Installing collected packages:"):
+                    current[0] = f"installing {line.count(',') + 1} packages"
+                elif line.lstrip().startswith(("Collecting", "Downloading", "Building")):
+                    current[0] = line.split("(")[0].strip()[:90]
+        code = process.wait()
+    finally:
+        done.set()
+        ticker.join()
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code != 0:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        hint = next((advice for sign, advice in HINTS if sign in text), "Run this again once the cause is gone.")
+        raise SetupError(f"pip failed; nothing was kept. Its last lines ({log}):\n{tail(log, 12)}\n{hint}")
+    progress.end("environment complete")

@@ -1,0 +1,158 @@
+"""Everything this pack can be asked to do, from one command that needs nothing but Python 3.10 or newer.
+
+    python3 scripts/run.py demo [--json FILE]         make a moving clip in a real ComfyUI; prints where it is
+                          [--workflow FILE]     the graph to run, in API format (workflows/api/text_to_video.json)
+    python3 scripts/run.py test [PYTEST ARGUMENT ...] run every test (or the paths under tests/ that are named)
+    python3 scripts/run.py serve [--port N] [ARGUMENT ...]   ComfyUI with this pack, arguments go to its main.py
+    python3 scripts/run.py bench [NAME [--json FILE]] run one measurement; without a name, list them
+    python3 scripts/run.py train-demo [ARGUMENT ...]  train the demo models again
+    python3 scripts/run.py lint                       check the style of the code
+
+Every verb takes --comfyui PATH (or $COMFYUI_PATH), a ComfyUI to use; without it, the one this checkout sits in, else a
+pinned copy that is fetched. Environments and hosts are kept in $LATENTMOTION_CACHE (~/.cache/latentmotion).
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 (somebody may well start this with an older one)
+    sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+
+import argparse
+import ast
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from console import SetupError, say
+from environment import cache_folder
+from host_server import HostServer
+from hosts import ROOT, Host, find
+from suites import run_tests
+
+WORKFLOW = ROOT / "workflows" / "api" / "text_to_video.json"
+
+
+def options_of(verb: str, arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """Read this verb's own options; the rest is returned as it was."""
+    parser = argparse.ArgumentParser(prog=f"run.py {verb}", allow_abbrev=False, add_help=False)
+    for name in names:
+        parser.add_argument(name)
+    return parser.parse_known_args(arguments)
+
+
+def refuse_rest(verb: str, rest: list[str]) -> None:
+    """Stop at an argument nobody reads."""
+    if rest:
+        raise SetupError(f"run.py {verb} does not know {' '.join(rest)}. `python3 scripts/run.py` lists the verbs.")
+
+
+def demo(host: Host, cache: Path, arguments: list[str]) -> int:
+    """Boot the host, make the clip of workflows/api/text_to_video.json, and write it to output/."""
+    begun = time.monotonic()
+    options, rest = options_of("demo", arguments, "--json", "--workflow")
+    refuse_rest("demo", rest)
+    python = host.python(cache)
+    facts = Path(options.json).absolute() if options.json else None
+    folder = tempfile.TemporaryDirectory(prefix="latentmotion-demo-", ignore_cleanup_errors=True)
+    with folder as base, HostServer(python, host.path, Path(base)) as server:
+        client = [str(python), str(ROOT / "scripts" / "make_clip.py"), "--url", server.url]
+        client += ["--workflow", str(options.workflow or WORKFLOW), "--folder", str(ROOT / "output")]
+        client += ["--json", str(facts)] if facts else []
+        code = subprocess.run(client, check=False).returncode
+        if code != 0:
+            say("The end of ComfyUI's own log:\n" + "\n".join(f"    {line}" for line in server.log_lines()[-30:]))
+    if code == 0 and facts:
+        written = json.loads(facts.read_text(encoding="utf-8"))
+        written |= {"host": host.version, "total_seconds": round(time.monotonic() - begun, 2)}
+        facts.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    return code
+
+
+def serve(host: Host, cache: Path, arguments: list[str]) -> int:
+    """Run the host with the pack until Ctrl-C; its models, input and user folders stay in the cache."""
+    options, rest = options_of("serve", arguments, "--port")
+    base = cache / "serve"
+    base.mkdir(parents=True, exist_ok=True)
+    (ROOT / "output").mkdir(exist_ok=True)
+    extra = ["--output-directory", str(ROOT / "output"), *rest]
+    port = int(options.port) if options.port else 8188
+    with HostServer(host.python(cache), host.path, base, extra, port) as server:
+        say(f"Open {server.url} in a browser; Ctrl-C ends it. Models go to {base / 'models'}, its log is {server.log}")
+        code = server.process.wait()
+        say(f"ComfyUI ended by itself (exit code {code})")
+        return code
+
+
+def in_pack(host: Host, cache: Path, module: str, arguments: list[str]) -> int:
+    """Run one module of the pack with the host on the path, through scripts/pack.py."""
+    environment = os.environ | {"COMFYUI_PATH": str(host.path)}
+    command = [str(host.python(cache)), str(ROOT / "scripts" / "pack.py"), module, *arguments]
+    return subprocess.run(command, env=environment, check=False).returncode
+
+
+def benchmarks() -> dict[str, str]:
+    """Every file of bench/ and the first line of its docstring."""
+    files = [file for file in sorted((ROOT / "bench").glob("*.py")) if not file.stem.startswith("_")]
+    docstrings = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
+    return {name: (text or "").split("\n")[0] for name, text in docstrings.items()}
+
+
+def bench(host: Callable[[], Host], cache: Path, arguments: list[str]) -> int:
+    """Run one measurement, or list them."""
+    known = benchmarks()
+    if not arguments:
+        say("\n".join(f"  {name:20s} {line}" for name, line in known.items()) or "There are no measurements yet.")
+        return 0
+    name, *rest = arguments
+    if name not in known:
+        raise SetupError(f"There is no measurement called {name}; there are: {', '.join(known)}.")
+    return in_pack(host(), cache, f"bench.{name}", rest)
+
+
+def lint(host: Host, cache: Path, arguments: list[str]) -> int:
+    """Check the style of the code with ruff, as pyproject.toml sets it."""
+    command = [str(host.python(cache)), "-m", "ruff", "check", *(arguments or ["."])]
+    return subprocess.run(command, cwd=ROOT, check=False).returncode
+
+
+def run(verb: str, arguments: list[str], comfyui: str | None) -> int:
+    """Carry out one verb."""
+    cache = cache_folder()
+    verbs: dict[str, Callable[[], int]] = {
+        "demo": lambda: demo(find(comfyui, cache), cache, arguments),
+        "test": lambda: run_tests(find(comfyui, cache), cache, arguments),
+        "serve": lambda: serve(find(comfyui, cache), cache, arguments),
+        "bench": lambda: bench(lambda: find(comfyui, cache), cache, arguments),
+        "train-demo": lambda: in_pack(find(comfyui, cache), cache, "demo.train", arguments),
+        "lint": lambda: lint(find(comfyui, cache), cache, arguments),
+    }
+    if verb not in verbs:
+        raise SetupError(f"There is no verb {verb}; there are: {', '.join(verbs)}.")
+    return verbs[verb]()
+
+
+def main(argv: list[str]) -> int:
+    options, rest = options_of("", argv, "--comfyui")
+    if not rest or rest[0] in ("-h", "--help", "help"):
+        print(__doc__)
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and half-built folders are cleared away
+    try:
+        return run(rest[0], rest[1:], options.comfyui)
+    except SetupError as error:
+        say(f"\nStopped: {error}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nStopped by Ctrl-C; nothing half-made was kept.")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
