@@ -98,10 +98,13 @@ def in_pack(host: Host, cache: Path, module: str, arguments: list[str]) -> int:
 
 
 def benchmarks() -> dict[str, str]:
-    """Every file of bench/ and the first line of its docstring."""
-    files = [file for file in sorted((ROOT / "bench").glob("*.py")) if not file.stem.startswith("_")]
-    docstrings = {file.stem: ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) for file in files}
-    return {name: (text or "").split("\n")[0] for name, text in docstrings.items()}
+    """Every file of bench/ that has a `main`, and the first line of its docstring."""
+    found = {}
+    for file in sorted((ROOT / "bench").glob("*.py")):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in tree.body):
+            found[file.stem] = (ast.get_docstring(tree) or "").split("\n")[0]
+    return found
 
 
 def bench(host: Callable[[], Host], cache: Path, arguments: list[str]) -> int:
