@@ -7,7 +7,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..motion_modules.animatediff.checkpoint import refuse_other_files
+from ..motion_modules.animatediff.checkpoint import refuse_other_files, unwrap
 from ..motion_modules.errors import CheckpointError
 from ..motion_modules.files import read_outline
 
@@ -60,7 +60,7 @@ def _fits(folder: str, name: str) -> bool:
     try:
         outline = read_outline(path)
         if folder == MOTION_MODULES:
-            refuse_other_files(outline, name)
+            refuse_other_files(unwrap(outline), name)
         return folder == MOTION_MODULES or any("motion_modules." in key and "lora" in key for key in outline)
     except CheckpointError:
         return False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from ..errors import CheckpointError
 from .network import MotionModel
 from .spec import ANIMATE_LCM, HOTSHOT_XL, SDXL_BETA, SDXL_LEVELS, SLOT, V1, V2, V3, MotionSpec, Variant
 
+ADAPTER_KEY = re.compile(r"^(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\."
+                         r"processor\.to_(?:q|k|v|out)_lora\.(?:down|up)\.weight$")
 POSITIONS = re.compile(r"\.(?:pos_encoder|pos_embed)\.(?:pe|positional_encoding|pos_encoding)$")
-SLOT_KEY = re.compile(r"^((?:down_blocks|up_blocks)\.\d+|mid_block)\.(motion_modules|temporal_attentions)\.(\d+)\.(.+)$")
+SLOT_KEY = re.compile(r"^((?:down|up)_blocks\.\d+|mid_block)\.(motion_modules|temporal_attentions)\.(\d+)\.(.+)$")
 DIFFUSERS_NAMES = (
     ("attn1.", "attention_blocks.0."),
     ("attn2.", "attention_blocks.1."),
@@ -28,7 +30,9 @@ DIFFUSERS_NAMES = (
     ("norm3.", "ff_norm."),
     ("pos_embed.", "attention_blocks.0.pos_encoder."),
 )
-PE_LENGTH_UNWRITTEN = {"original": 64, "diffusers": 32, "hotshot": 24}
+WRAPPERS = ("state_dict", "controlnet", "module", "model", "unet", "motion_module")
+WRAPPING_DEPTH = 4
+PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|unet|motion_module)\.)+")
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,21 @@ class MotionFile:
     weights: dict[str, Tensor]
 
 
-def unwrap(payload: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of a training dump: out of `state_dict`, without `module.` in front, without anything else."""
-    for key in ("state_dict", "controlnet"):
-        if isinstance(payload.get(key), Mapping):
-            payload = payload[key]
-    return {str(k).removeprefix("module."): v for k, v in payload.items() if isinstance(v, Tensor)}
+def unwrap(payload: Mapping[str, Any], depth: int = WRAPPING_DEPTH) -> dict[str, Tensor]:
+    """Tensors of a training dump: out of `state_dict` and the like, without `module.` in front, nothing else.
+
+    Tensors in any other mapping keep its name in front, so that they still tell what the file is.
+    """
+    if isinstance(payload.get("state_dict"), Mapping):
+        payload = payload["state_dict"]
+    tensors: dict[str, Tensor] = {}
+    for key, value in payload.items():
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            tensors[PREFIXES.sub("", str(key))] = value
+        elif isinstance(value, Mapping) and depth:
+            front = "" if key in WRAPPERS else f"{key}."
+            tensors |= {f"{front}{name}": tensor for name, tensor in unwrap(value, depth - 1).items()}
+    return tensors
 
 
 def read_motion_module(payload: Mapping[str, Any], name: str) -> MotionFile:
@@ -57,17 +70,27 @@ def read_motion_module(payload: Mapping[str, Any], name: str) -> MotionFile:
     layout = _layout_of(tensors)
     renamed = {}
     for key, tensor in tensors.items():
-        found = SLOT_KEY.match(key.removeprefix("unet."))
+        found = SLOT_KEY.match(key)
         if found:
             renamed[_published_name(found, layout)] = tensor
-    lengths = {tensor.shape[1] for key, tensor in renamed.items() if POSITIONS.search(key) and tensor.ndim == 3}
+    length = _table_length({key: tensor for key, tensor in renamed.items() if POSITIONS.search(key)}, name)
     weights = {key: tensor for key, tensor in renamed.items() if not POSITIONS.search(key)}
+    spec = _spec_of(weights, length, layout, name)
+    _check_whole(spec, weights, name)
+    return MotionFile(spec, weights)
+
+
+def _table_length(tables: Mapping[str, Tensor], name: str) -> int | None:
+    """Frames the positional tables were made for, None where the file has none. Their values follow from that."""
+    for key, table in tables.items():
+        if table.ndim != 3 or table.shape[0] != 1 or not table.shape[1]:
+            raise CheckpointError(f"{name}: {key} has shape {tuple(table.shape)} where (1, frames, channels) is "
+                                  "needed; the file is damaged.")
+    lengths = {int(table.shape[1]) for table in tables.values()}
     if len(lengths) > 1:
         raise CheckpointError(f"{name}: its positional tables have different lengths ({sorted(lengths)}); "
                               "the file is damaged or mixes two motion modules.")
-    spec = _spec_of(weights, lengths.pop() if lengths else None, layout, name)
-    _check_whole(spec, weights, name)
-    return MotionFile(spec, weights)
+    return lengths.pop() if lengths else None
 
 
 def _layout_of(tensors: Mapping[str, Tensor]) -> str:
@@ -99,17 +122,18 @@ def _spec_of(weights: Mapping[str, Tensor], length: int | None, layout: str, nam
         found = re.match(r"transformer_blocks\.0\.attention_blocks\.(\d+)\.", rest)
         if found:
             attentions.add(int(found[1]))
-    if not slots or not attentions:
+    # Numbers without gaps also bound the network that is built from them to the number of tensors in the file.
+    if not slots or not attentions or attentions != set(range(len(attentions))):
         raise CheckpointError(f"{name}: has motion module tensors, but no complete block; the file is damaged.")
     ordered = tuple(sorted(slots.items(), key=lambda item: _slot_order(item[0])))
     for slot, width in ordered:
-        if width % 32:
+        if width % 32 or not width:
             raise CheckpointError(f"{name}: {slot} is {width} channels wide, which 32 norm groups do not divide; "
                                   "the file is damaged.")
-    positions = length or PE_LENGTH_UNWRITTEN[layout]
-    spec = MotionSpec(V3, ordered, positions, attentions=max(attentions) + 1)
+    spec = MotionSpec(V3, ordered, length or 0, attentions=len(attentions))
     _check_slots(spec, name)
-    return MotionSpec(_variant_of(spec, length, layout), ordered, positions, attentions=spec.attentions)
+    variant = _variant_of(spec, length, layout)
+    return replace(spec, variant=variant, positions=length or variant.positions)
 
 
 def _slot_order(slot: str) -> tuple[int, int, int]:
@@ -137,10 +161,8 @@ def _variant_of(spec: MotionSpec, length: int | None, layout: str) -> Variant:
         return HOTSHOT_XL
     if spec.levels == SDXL_LEVELS and not spec.has_mid:
         return SDXL_BETA
-    if length is None and layout == "original":
-        return ANIMATE_LCM
     if spec.has_mid:
-        return V2
+        return ANIMATE_LCM if length is None and layout == "original" else V2
     return V1 if length == 24 else V3
 
 
@@ -182,7 +204,16 @@ def _is_lora(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _has_motion(tensors: Mapping[str, Tensor]) -> bool:
-    return any(SLOT_KEY.match(key.removeprefix("unet.")) for key in tensors)
+    return any(SLOT_KEY.match(key) for key in tensors)
+
+
+def _is_controlnet(tensors: Mapping[str, Tensor]) -> bool:
+    parts = ("controlnet_cond_embedding", "controlnet_down_blocks", "control_model.", "zero_convs.")
+    return any(_any(part)(tensors) for part in parts)
+
+
+def _is_domain_adapter(tensors: Mapping[str, Tensor]) -> bool:
+    return bool(tensors) and all(ADAPTER_KEY.match(key) for key in tensors)
 
 
 OTHER_FILES: tuple[tuple[Test, str], ...] = (
@@ -190,12 +221,16 @@ OTHER_FILES: tuple[tuple[Test, str], ...] = (
     (lambda t: _is_lora(t) and _has_motion(t),
      "is a MotionLoRA, which changes a motion module but is not one. Load a motion module here and put this file "
      "into Load MotionLoRA."),
-    (_is_lora, "is a LoRA for an image model. Use the LoraLoader node for it."),
-    (lambda t: _any("controlnet_cond_embedding")(t) or _any("controlnet_down_blocks")(t),
+    (_is_domain_adapter, "is a LoRA for the image model, such as the domain adapter v3_sd15_adapter. Move it to "
+     "models/loras and use the Load LoRA node for it."),
+    (_is_lora, "is a LoRA for an image model. Move it to models/loras and use the Load LoRA node for it."),
+    (lambda t: _is_controlnet(t) and not _has_motion(t),
+     "is a ControlNet. Move it to models/controlnet and use the Load ControlNet Model node for it."),
+    (_is_controlnet,
      "is a SparseCtrl encoder (a ControlNet for video), not a motion module. Load it with a ControlNet loader that "
      "knows SparseCtrl, and choose v3_sd15_mm here."),
-    (_any("FancyVideo"), "is a FancyVideo module, which needs its own frame-rate and motion inputs; it is not "
-     "supported."),
+    (lambda t: any(_any(part)(t) for part in ("FancyVideo", "fps_embedding.", "motion_embedding.")),
+     "is a FancyVideo module, which needs its own frame-rate and motion inputs; it is not supported."),
     (_any("img_encoder."), "is AnimateLCM-I2V, which needs its image encoder run beside it; it is not supported yet. "
      "AnimateLCM_sd15_t2v works."),
     (_pia, "is PIA, which needs a nine-channel input layer and a reference image; it is not supported yet. "
@@ -206,6 +241,8 @@ OTHER_FILES: tuple[tuple[Test, str], ...] = (
      "is a whole image checkpoint. Load it with Load Checkpoint, and choose a motion module here."),
     (lambda t: not _has_motion(t) and (_any("decoder.up")(t) or _any("encoder.down")(t)),
      "is a VAE. Use the Load VAE node for it."),
+    (lambda t: not _has_motion(t) and (_any("down_blocks.")(t) or _any("input_blocks.")(t)),
+     "is a UNet for images. Use the Load Diffusion Model node for it, and choose a motion module here."),
     (lambda t: not _has_motion(t), "holds no motion module. Choose a file such as mm_sd_v15_v2, v3_sd15_mm, "
      "mm_sdxl_v10_beta, hsxl_temporal_layers or AnimateLCM_sd15_t2v."),
 )

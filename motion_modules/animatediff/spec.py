@@ -37,6 +37,7 @@ EVERY_NORM = JointNorms(resnet=True, out=True, transformer=True, motion=True)
 class Variant:
     """A published training form: how its authors compute, whatever the widths of the network.
 
+    positions: frames on its time axis where the file does not say.
     Source: reference implementations of each variant; the image models they were trained on.
     """
 
@@ -44,14 +45,15 @@ class Variant:
     joint: JointNorms = JointNorms()
     joint_as_evolved: JointNorms = JointNorms()
     schedule: Schedule | None = None
+    positions: int = 32
 
 
-V1 = Variant("AnimateDiff v1", JointNorms(resnet=True, out=True), EVERY_NORM, Schedule.LINEAR)
+V1 = Variant("AnimateDiff v1", JointNorms(resnet=True, out=True), EVERY_NORM, Schedule.LINEAR, positions=24)
 V2 = Variant("AnimateDiff v2", schedule=Schedule.LINEAR)
 V3 = Variant("AnimateDiff v3", schedule=Schedule.LINEAR)
 SDXL_BETA = Variant("AnimateDiff SDXL beta", JointNorms(motion=True), EVERY_NORM, Schedule.SCALED_LINEAR_SDXL)
-HOTSHOT_XL = Variant("HotshotXL", JointNorms(resnet=True, out=True), EVERY_NORM, None)
-ANIMATE_LCM = Variant("AnimateLCM", schedule=Schedule.LINEAR)
+HOTSHOT_XL = Variant("HotshotXL", JointNorms(resnet=True, out=True), EVERY_NORM, None, positions=24)
+ANIMATE_LCM = Variant("AnimateLCM", schedule=Schedule.LINEAR, positions=64)
 
 
 @dataclass(frozen=True)
