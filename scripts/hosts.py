@@ -6,6 +6,7 @@ The pinned copy is the whole source of ComfyUI 0.3.75 that the wheel `horde-engi
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
@@ -52,10 +53,13 @@ class Host:
     asked_for: bool = False
     in_place: bool = False
 
-    def python(self, cache: Path) -> Path:
-        """The interpreter that runs this host and the pack, its environment built first if needed."""
+    def python(self, cache: Path, *tools: str) -> Path:
+        """The interpreter that runs this host and the pack, its environment built first if needed.
+
+        `tools` are the modules of requirements-dev.txt that the caller is about to use.
+        """
         if self.in_place:
-            _check_own_python(self)
+            _check_own_python(self, tools)
             return Path(sys.executable)
         return ensure(self.recipe(), cache)
 
@@ -161,12 +165,17 @@ def _unpack(wheel: Path, pin: Pin, folder: Path) -> Path:
     return host
 
 
-def _check_own_python(host: Host) -> None:
+def _check_own_python(host: Host, tools: tuple[str, ...]) -> None:
     needed = ("torch", "aiohttp", "av", "einops", "safetensors")
-    test = f"import importlib.util as u, sys; sys.exit(' '.join(n for n in {needed} if u.find_spec(n) is None) or None)"
-    missing = subprocess.run([sys.executable, "-c", test], capture_output=True, text=True, check=False)
-    if missing.returncode != 0:
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         raise SetupError(
             f"This checkout sits in the ComfyUI at {host.path}, so nothing is installed here, but {sys.executable} "
-            f"lacks {missing.stderr.strip()}. Run this script with the Python that starts that ComfyUI."
+            f"lacks {', '.join(missing)}. Run this script with the Python that starts that ComfyUI."
+        )
+    missing = [name for name in tools if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"{sys.executable} lacks {', '.join(missing)}, which only developers need: "
+            f"{sys.executable} -m pip install -r {ROOT / 'requirements-dev.txt'}"
         )

@@ -121,7 +121,7 @@ def bench(host: Callable[[], Host], cache: Path, arguments: list[str]) -> int:
 
 def lint(host: Host, cache: Path, arguments: list[str]) -> int:
     """Check the style of the code with ruff, as pyproject.toml sets it."""
-    command = [str(host.python(cache)), "-m", "ruff", "check", *(arguments or ["."])]
+    command = [str(host.python(cache, "ruff")), "-m", "ruff", "check", *(arguments or ["."])]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 

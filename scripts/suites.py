@@ -110,7 +110,7 @@ def run_tests(main: Host, cache: Path, arguments: Sequence[str]) -> int:
     """Every suite that the arguments ask for; 0 when nothing failed."""
     paths, options = split_arguments(arguments)
     tally = Tally()
-    python = main.python(cache)
+    python = main.python(cache, "pytest", "hypothesis")
     suites = [Suite("pure", paths["pure"], python)] if "pure" in paths else []
     if "host" in paths:
         for host, its_python in [(main, python), *further_hosts(main, cache, tally)]:

@@ -238,7 +238,9 @@ def test_which_host_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_checkout_in_custom_nodes_installs_nothing(tmp_path: Path) -> None:
     host = Host(make_host(tmp_path / "ComfyUI"), "9.9", in_place=True)
-    assert host.python(tmp_path / "cache") == Path(sys.executable)
+    assert host.python(tmp_path / "cache", "pytest") == Path(sys.executable)
+    with pytest.raises(SetupError, match=r"lacks no_such_tool.*requirements-dev\.txt"):
+        host.python(tmp_path / "cache", "no_such_tool")
     assert not (tmp_path / "cache").exists()
 
 
