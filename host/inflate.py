@@ -98,12 +98,16 @@ def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
 def publish_clip(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict, *args: Any, **kw: Any) -> Tensor:
     """Tell neighbouring packs the length of the clip, under the key they read."""
     params = {"full_length": x.shape[0], "context_length": None, "sub_idxs": None}
+    if model_options.get("context_handler") is not None and bool((timestep == timestep[0]).all()):
+        # The host's context windows look the sigma up in the schedule; some versions fail on a batch of equal ones.
+        timestep = timestep[:1]
     return executor(x, timestep, _with(model_options, {"ad_params": params}), *args, **kw)
 
 
 def publish_window(executor: Callable, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: dict,
                    *args: Any, **kw: Any) -> Any:
     """Tell neighbouring packs which frames of the clip the coming call works on."""
+    timestep = timestep.expand(x.shape[0])
     options = model_options.get("transformer_options", {})
     indices = _window_indices(options)
     if indices is not None:
@@ -118,8 +122,14 @@ def _with(model_options: dict, extra: dict) -> dict:
 
 
 def _window_indices(transformer_options: dict) -> list[int] | None:
+    """Frames of the clip in the call, with the frame some hosts put before a window (and cut off afterwards)."""
     window = transformer_options.get("context_window")
-    return None if window is None else list(window.index_list)
+    return None if window is None else [*_anchor(window), *window.index_list]
+
+
+def _anchor(window: Any) -> list[int]:
+    index = getattr(window, "causal_anchor_index", None)
+    return [] if index is None or index < 0 else [index]
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,15 +176,13 @@ def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
     images = x.shape[0] // max(1, len(options.get("cond_or_uncond", (0,))))
     indices = _window_indices(options)
     frames = settings.frames if settings.frames and indices is None else images
-    _check_frames(frames, images, motion, windowed=indices is not None)
+    extra = len(_anchor(options["context_window"])) if indices is not None else 0
+    _check_frames(frames, images, motion, indices is not None, extra)
     indices = indices if indices is not None else list(range(frames))
-    positions = torch.arange(frames, dtype=torch.float32)
-    if frames > spec.positions:
-        positions = torch.linspace(0, spec.positions - 1, frames)
     clips = x.shape[0] // frames
     return MotionCall(
         frames=frames,
-        positions=positions.to(x.device),
+        positions=_positions(frames, spec.positions, extra).to(x.device),
         strength=settings.strength.at(indices, clips),
         scale=settings.scale.at(indices, clips),
         slab_bytes=slab_bytes(x.device),
@@ -182,7 +190,17 @@ def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
     )
 
 
-def _check_frames(frames: int, images: int, motion: Motion, windowed: bool) -> None:
+def _positions(frames: int, known: int, extra: int) -> Tensor:
+    """Place of each frame on the module's time axis; a frame the host put in front of a full window shares a place.
+
+    Shapes: -> (frames,).
+    """
+    if known < frames <= known + extra:
+        return (torch.arange(frames, dtype=torch.float32) - extra).clamp(min=0)
+    return torch.linspace(0, known - 1, frames) if frames > known else torch.arange(frames, dtype=torch.float32)
+
+
+def _check_frames(frames: int, images: int, motion: Motion, windowed: bool, extra: int) -> None:
     spec, name = motion.module.spec, motion.module.name
     if images == 0:
         raise ClipError("The latent holds no frames. Set batch_size of the Empty Latent Image node to the number of "
@@ -193,7 +211,7 @@ def _check_frames(frames: int, images: int, motion: Motion, windowed: bool) -> N
     if frames == 1 and not windowed:
         raise ClipError("This MODEL makes video, and the latent holds one frame only. Set batch_size of the Empty "
                         "Latent Image node to the number of frames, 16 for instance.")
-    if frames > spec.positions and not motion.settings.stretch:
+    if frames - extra > spec.positions and not motion.settings.stretch:
         raise ClipError(f"{name} knows {spec.positions} frame positions, and this {'window' if windowed else 'clip'} "
-                        f"has {frames} frames. Make it shorter, put a Context Windows node on the MODEL with a length "
-                        f"of at most {spec.positions}, or set positions on Apply Motion Module to 'stretch'.")
+                        f"has {frames - extra} frames. Make it shorter, put a Context Windows node on the MODEL with a "
+                        f"length of at most {spec.positions}, or set positions on Apply Motion Module to 'stretch'.")
