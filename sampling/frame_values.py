@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+LAST_FRAME = 100_000
+
 
 @dataclass(frozen=True, eq=False)
 class FrameValues:
@@ -48,13 +50,18 @@ def frame_values(number: float, per_frame: Tensor | Sequence[float] | float | No
         return FrameValues(float(number))
     if isinstance(per_frame, Tensor):
         maps = per_frame if per_frame.ndim > 2 else per_frame[None]
-        if maps.ndim != 3:
-            raise ValueError(f"per-frame values must be masks of shape (frames, height, width), not {tuple(maps.shape)}")
-        return FrameValues(float(number), maps[:, None].float().clone())
-    values = [float(v) for v in per_frame] if isinstance(per_frame, Sequence) else [float(per_frame)]
-    if not values:
-        raise ValueError("per-frame values are an empty list; give at least one number")
-    return FrameValues(float(number), torch.tensor(values)[:, None, None, None])
+        if maps.ndim != 3 or not maps.numel():
+            raise ValueError("per-frame values must be masks of shape (frames, height, width), not "
+                             f"{tuple(per_frame.shape)}")
+        maps = maps[:, None].float().clone()
+    else:
+        values = [float(v) for v in per_frame] if isinstance(per_frame, Sequence) else [float(per_frame)]
+        if not values:
+            raise ValueError("per-frame values are an empty list; give at least one number")
+        maps = torch.tensor(values)[:, None, None, None]
+    if not torch.isfinite(maps).all():
+        raise ValueError("per-frame values hold NaN or infinite numbers; every one must be an ordinary number")
+    return FrameValues(float(number), maps)
 
 
 def parse_frame_values(text: str) -> list[float]:
@@ -63,20 +70,22 @@ def parse_frame_values(text: str) -> list[float]:
     Raises ValueError naming the part that cannot be read.
     """
     parts = [part.strip() for part in text.replace("\n", ",").split(",") if part.strip()]
-    keyed = [part for part in parts if ":" in part]
-    try:
-        if not keyed:
-            return [float(part) for part in parts]
-        pairs = [(int(part.split(":")[0]), float(part.split(":")[1])) for part in parts]
-    except (ValueError, IndexError):
-        raise ValueError(f'cannot read "{text}": write numbers such as 0.2, 0.5, 1 or keyframes such as '
-                         "0: 0.2, 15: 1") from None
-    return _between(sorted(pairs))
+    pairs = []
+    for part in parts:
+        try:
+            frame, value = part.split(":") if ":" in text else ("0", part)
+            pairs.append((int(frame), float(value)))
+        except ValueError:
+            raise ValueError(f'cannot read "{part}" in "{text}": write numbers such as 0.2, 0.5, 1 or keyframes such '
+                             "as 0: 0.2, 15: 1") from None
+    return _between(sorted(pairs)) if ":" in text else [value for _, value in pairs]
 
 
 def _between(keys: list[tuple[int, float]]) -> list[float]:
     if keys[0][0] < 0:
         raise ValueError(f"frame {keys[0][0]} is before the first frame; frames count from 0")
+    if keys[-1][0] > LAST_FRAME:
+        raise ValueError(f"frame {keys[-1][0]} is beyond the longest clip of {LAST_FRAME} frames")
     values = [keys[0][1]] * (keys[0][0] + 1)
     for (a, low), (b, high) in zip(keys, keys[1:], strict=False):
         if a == b:

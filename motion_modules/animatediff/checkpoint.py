@@ -32,7 +32,7 @@ DIFFUSERS_NAMES = (
 )
 WRAPPERS = ("state_dict", "controlnet", "module", "model", "unet", "motion_module")
 WRAPPING_DEPTH = 4
-PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|unet|motion_module)\.)+")
+PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|unet|motion_module|base_model\.model)\.)+")
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from ..errors import CheckpointError, ModelMismatchError
 from .checkpoint import DIFFUSERS_NAMES, unwrap
 from .spec import MotionSpec
 
-PART = re.compile(
-    r"^(?:unet\.)?((?:down_blocks|up_blocks)\.\d+|mid_block)\.(?:motion_modules|temporal_attentions)\.(\d+)\."
-    r"(?:temporal_transformer\.)?(.+?)[._]lora[._](down|up|A|B)(?:\.default)?\.weight$"
-)
+PLACE = (r"^((?:down|up)_blocks\.\d+|mid_block)\.(?:motion_modules|temporal_attentions)\.(\d+)\."
+         r"(?:temporal_transformer\.)?")
+PART = re.compile(PLACE + r"(.+?)[._]lora[._](down|up|A|B)(?:\.default)?\.weight$")
+ALPHA = re.compile(PLACE + r"(.+?)(?:[._]lora)?\.alpha$")
 SIDES = {"down": "down", "A": "down", "up": "up", "B": "up"}
 
 
@@ -68,10 +68,12 @@ def read_motion_lora(payload: Mapping[str, Any], name: str) -> MotionLora:
         if found:
             block, index, rest, side = found.groups()
             sides.setdefault(_target(block, index, rest), {})[SIDES[side]] = tensor
-        elif key.endswith(".alpha") and (stem := PART.match(key.removesuffix(".alpha") + ".lora.down.weight")):
-            alphas[_target(*stem.groups()[:3])] = float(tensor)
+        elif found := ALPHA.match(key):
+            alphas[_target(*found.groups())] = _alpha(key, tensor, name)
     if not sides:
-        raise CheckpointError(_not_a_motion_lora(tensors, name))
+        raise CheckpointError(f"{name} {_what_else(tensors)}")
+    if unknown := sorted(alphas.keys() - sides.keys()):
+        raise CheckpointError(f"{name}: {unknown[0]} has an alpha but no change; the file is damaged.")
     return MotionLora(name, {key: _pair(key, pair, alphas.get(key), name) for key, pair in sides.items()})
 
 
@@ -83,17 +85,31 @@ def _pair(key: str, pair: Mapping[str, Tensor], alpha: float | None, name: str) 
         raise CheckpointError(f"{name}: the halves of {key} do not fit each other ({tuple(up.shape)} and "
                               f"{tuple(down.shape)}); the file is damaged.")
     for half in (up, down):
+        if not half.is_floating_point():
+            raise CheckpointError(f"{name}: {key} holds {half.dtype} numbers; weights must be floating point.")
         if not torch.isfinite(half.float()).all():
             raise CheckpointError(f"{name}: {key} holds NaN or infinite values; download or train the file again.")
     return LowRank(up, down, alpha)
 
 
-def _not_a_motion_lora(tensors: Mapping[str, Tensor], name: str) -> str:
-    if any("motion_modules." in key or "temporal_attentions." in key for key in tensors):
-        return f"{name} is a motion module, not a MotionLoRA. Load it with Load Motion Module."
+def _alpha(key: str, tensor: Tensor, name: str) -> float:
+    if tensor.numel() != 1 or tensor.is_complex() or not torch.isfinite(tensor.float()).all():
+        raise CheckpointError(f"{name}: {key} is not one finite number; the file is damaged.")
+    return float(tensor)
+
+
+def _what_else(tensors: Mapping[str, Tensor]) -> str:
+    """What a file is that holds no change of a motion module."""
     if any("lora" in key for key in tensors):
-        return f"{name} is a LoRA for an image model (a domain adapter, perhaps). Use the LoraLoader node for it."
-    return f"{name} is not a MotionLoRA: none of its {len(tensors)} tensors changes a motion module."
+        return ("is a LoRA for an image model (a domain adapter, perhaps). Move it to models/loras and use the Load "
+                "LoRA node for it.")
+    if any("motion_modules." in key or "temporal_attentions." in key for key in tensors):
+        return "is a motion module, not a MotionLoRA. Load it with Load Motion Module."
+    if any("model.diffusion_model." in key for key in tensors):
+        return "is a whole image checkpoint, not a MotionLoRA. Load it with Load Checkpoint."
+    if not tensors:
+        return "holds no tensors at all. Choose a MotionLoRA, such as v2_lora_ZoomIn."
+    return f"is not a MotionLoRA: none of its {len(tensors)} tensors changes a motion module."
 
 
 def parts_for(lora: MotionLora, spec: MotionSpec, shapes: Mapping[str, torch.Size]) -> dict[str, LowRank]:
@@ -113,4 +129,7 @@ def parts_for(lora: MotionLora, spec: MotionSpec, shapes: Mapping[str, torch.Siz
                 f"{lora.name} does not fit this {spec.variant.name} motion module ({spec.family}): it changes {key} "
                 f"of shape {expected}, which {found} there. Choose a MotionLoRA made for {spec.family}.")
         fitting[key] = part
+    if not fitting:
+        raise ModelMismatchError(f"{lora.name} changes the mid block only, which this {spec.variant.name} motion "
+                                 "module does not have. Choose an AnimateDiff v2 motion module for it.")
     return fitting
