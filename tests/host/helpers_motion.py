@@ -69,6 +69,11 @@ def motion_lora(module: MotionModule, seed: int = 0, strength: float = 1.0, rank
     return patch_motion_lora(module, read_motion_lora(pairs, f"lora-{seed}"), strength)
 
 
+def inflate(image: ModelPatcher, module: MotionModule, **settings: Any) -> ModelPatcher:
+    """What Apply Motion Module does, keeping the image model's noise schedule unless told otherwise."""
+    return apply_motion(image, module, MotionSettings(**settings))
+
+
 @dataclass
 class Pair:
     """An image MODEL, and what it was before any test touched it."""
@@ -85,8 +90,10 @@ class Pair:
         self.modules = tiny_host.modules_of(self.plain)
         self.image = tiny_host.sample(self.plain, 2, steps=1)
 
-    def video(self, module: MotionModule | None = None, **settings: Any) -> ModelPatcher:
-        return apply_motion(self.plain, module or self.module, MotionSettings(**settings))
+    def video(
+        self, module: MotionModule | None = None, base: ModelPatcher | None = None, **settings: Any
+    ) -> ModelPatcher:
+        return inflate(base or self.plain, module or self.module, **settings)
 
     @property
     def still(self) -> ModelPatcher:
