@@ -1,0 +1,52 @@
+"""Second stage of the demo: text encoder and image UNet, trained together on clean pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..training.attention import attention
+from ..training.diffusion import add_noise, alphas_cumprod, noise_error
+from ..training.loop import Recipe
+from .autoencoder import initialise
+from .latents import Order, Samples
+from .text import Vocabulary, encode
+
+RECIPE = Recipe("image", steps=4000, batch=32, learning_rate=1e-3, warmup=200, average=0.998, seed=2)
+PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)
+
+def initialise_unet(unet: nn.Module, generator: torch.Generator) -> None:
+    """As `initialise`, and every residual branch starts at zero, as its authors have it."""
+    initialise(unet, generator)
+    for name, parameter in unet.named_parameters():
+        if any(part in name for part in ("out_layers.3.", ".proj_out.")) or name.startswith("out.2."):
+            nn.init.zeros_(parameter)
+
+
+def predict(unet: nn.Module, noisy: torch.Tensor, steps: torch.Tensor, context: torch.Tensor, **options) -> torch.Tensor:
+    """The UNet's idea of the noise. Shapes: noisy (n, 4, h, w), steps (n,), context (n, 77, c) -> (n, 4, h, w)."""
+    noisy = noisy.to(context.dtype).contiguous(memory_format=torch.channels_last)
+    return unet(noisy, steps, context, transformer_options={"optimized_attention_override": attention, **options})
+
+
+def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, samples: Samples, recipe: Recipe,
+             device: torch.device) -> Callable[[int, torch.Generator], torch.Tensor]:  # fmt: skip
+    """Noise prediction on stills, captions dropped for one in ten."""
+    kept = alphas_cumprod("scaled_linear")
+
+    def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
+        rng = np.random.default_rng([recipe.seed, step])
+        chosen = rng.integers(len(samples.texts), size=recipe.batch)
+        latents = samples.latents[chosen, 0]
+        rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
+        # one step from each of `batch` equal stretches of the schedule: less scatter than drawing them freely
+        steps = torch.from_numpy((np.arange(recipe.batch) + rng.random(recipe.batch)) / recipe.batch * len(kept)).long()
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = add_noise(latents, noise, kept[steps])
+        context = encode(encoder, rows.to(device))
+        return noise_error(predict(unet, noisy.to(device), steps.to(device), context), noise.to(device))
+
+    return loss_of

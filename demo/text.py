@@ -1,0 +1,72 @@
+"""The demo text encoder while it is trained: the host's CLIP class over the few tokens the captions use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..training.attention import attention
+
+LENGTH = 77
+START, END = 49406, 49407  # of CLIP's vocabulary; the end is also the padding
+DROP = 0.1  # captions replaced by the empty one, for classifier-free guidance
+STRANGERS = 0.2  # captions that also get words the model does not know
+
+Tokenizer = Callable[[str], list[int]]
+"""Text to the token numbers between start and end."""
+
+
+class Vocabulary:
+    """Numbers the tokens of the captions 0, 1, ...; the number after the last stands for every other token."""
+
+    def __init__(self, texts: list[str], tokenize: Tokenizer) -> None:
+        self.content = {text: tokenize(text) for text in texts}
+        self.tokens = sorted({START, END}.union(*self.content.values()))
+        self._number = {token: number for number, token in enumerate(self.tokens)}
+
+    @property
+    def unknown(self) -> int:
+        return len(self.tokens)
+
+    def rows(self, texts: list[str], rng: np.random.Generator | None = None) -> torch.Tensor:
+        """Numbers of the tokens of each text, (n, 77). With `rng`, some captions are dropped and some get strangers."""
+        out = np.full((len(texts), LENGTH), self._number[END])
+        for row, text in zip(out, texts, strict=True):
+            content = [self._number[token] for token in self.content[text]]
+            if rng is not None:
+                content = [] if rng.random() < DROP else content
+                if rng.random() < STRANGERS:
+                    before, after = rng.integers(0, 4), rng.integers(0, 7)
+                    content = [self.unknown] * before + content + [self.unknown] * after
+            row[0] = self._number[START]
+            row[1 : 1 + len(content)] = content
+        return torch.from_numpy(out)
+
+    def shrink(self, encoder: nn.Module) -> None:
+        """Replace the token table of a CLIP text model by one with a row per known token and one for all others."""
+        table = encoder.get_input_embeddings()
+        small = nn.Embedding(len(self.tokens) + 1, table.embedding_dim, dtype=table.weight.dtype)
+        encoder.set_input_embeddings(small)
+
+
+def encode(encoder: nn.Module, rows: torch.Tensor) -> torch.Tensor:
+    """Hidden states after the last layer and its norm, (n, 77, c).
+
+    The host's own forward adds in place, which autograd cannot follow; this walks its layers without doing so.
+    """
+    text = encoder.text_model
+    x = text.embeddings.token_embedding(rows) + text.embeddings.position_embedding.weight
+    for layer in text.encoder.layers:
+        x = x + layer.self_attn(layer.layer_norm1(x), None, _causal)
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return text.final_layer_norm(x)
+
+
+def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: None) -> torch.Tensor:
+    """Attention to the tokens up to one's own. Shapes: (n, length, c) each -> (n, length, c)."""
+    length = q.shape[1]
+    future = torch.full((length, length), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    return attention(None, q, k, v, heads, mask=future)

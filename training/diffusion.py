@@ -1,0 +1,36 @@
+"""The noise a diffusion model is trained against."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+STEPS = 1000
+BETAS = (0.00085, 0.012)  # first and last, as Stable Diffusion and AnimateDiff have them
+
+
+def alphas_cumprod(schedule: str) -> torch.Tensor:
+    """Share of the signal's variance left at each of the 1000 steps: (1000,), float32.
+
+    Names are the field's: `scaled_linear` (Stable Diffusion; the square roots of the betas are equally spaced) and
+    `linear` (AnimateDiff; the betas are).
+    """
+    first, last = BETAS
+    if schedule == "scaled_linear":
+        betas = torch.linspace(first**0.5, last**0.5, STEPS, dtype=torch.float64) ** 2
+    elif schedule == "linear":
+        betas = torch.linspace(first, last, STEPS, dtype=torch.float64)
+    else:
+        raise ValueError(f"unknown noise schedule {schedule!r}")
+    return torch.cumprod(1.0 - betas, dim=0).float()
+
+
+def add_noise(latents: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Shapes: latents, noise (n, c, h, w), kept (n,), the share of the signal's variance -> (n, c, h, w)."""
+    kept = kept.view(-1, 1, 1, 1)
+    return kept.sqrt() * latents + (1 - kept).sqrt() * noise
+
+
+def noise_error(predicted: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of the predicted noise, in float32."""
+    return functional.mse_loss(predicted.float(), noise.float())
