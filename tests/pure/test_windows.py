@@ -1,0 +1,100 @@
+"""Plans of sliding windows, their fuse weights and their noise, over a grid of lengths."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latentmotion.sampling.fuse import FuseMethod, Fusion, window_weights
+from latentmotion.sampling.noise import NoiseKind, arrange_noise
+from latentmotion.sampling.windows import PlanError, WindowPlan, WindowSchedule, halving
+
+LENGTHS = [*range(1, 40), 63, 64, 65, 96, 100, 127, 128, 199, 200]
+SETTINGS = [(1, 0), (2, 1), (8, 0), (8, 3), (16, 4), (16, 15), (24, 12), (32, 8)]
+
+
+@pytest.mark.parametrize("schedule", WindowSchedule)
+@pytest.mark.parametrize(("length", "overlap"), SETTINGS)
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("closed_loop", [False, True])
+def test_every_frame_is_covered_and_no_window_too_long(schedule, length, overlap, stride, closed_loop):
+    plan = WindowPlan(schedule, length, overlap, stride, closed_loop)
+    for frames in LENGTHS:
+        for step in (0, 1, 2, 5, 19):
+            windows = plan.windows(frames, step)
+            assert {frame for window in windows for frame in window} == set(range(frames)), (frames, step)
+            assert all(0 < len(window) <= length for window in windows)
+            assert all(len(set(window)) == len(window) for window in windows), (frames, step)
+
+
+@pytest.mark.parametrize("schedule", [WindowSchedule.STATIC, WindowSchedule.UNIFORM])
+def test_neighbouring_windows_overlap_as_asked(schedule):
+    windows = WindowPlan(schedule, 16, 4).windows(100, step=3)
+    assert all(window == list(range(window[0], window[0] + 16)) for window in windows)
+    assert all(b[0] - a[0] <= 12 for a, b in zip(windows, windows[1:], strict=False))
+
+
+def test_closed_loop_bridges_the_ends_at_every_step():
+    plan = WindowPlan(WindowSchedule.LOOPED, 16, 4, closed_loop=True)
+    for step in range(8):
+        assert any({99, 0} <= set(window) for window in plan.windows(100, step))
+
+
+def test_uniform_windows_move_from_step_to_step():
+    plan = WindowPlan(WindowSchedule.UNIFORM, 16, 4)
+    assert plan.windows(100, 0) != plan.windows(100, 1)
+    assert WindowPlan(WindowSchedule.STATIC, 16, 4).windows(100, 0) == WindowPlan(WindowSchedule.STATIC).windows(100, 1)
+
+
+def test_halving_mirrors_the_bits():
+    assert [halving(step) for step in range(5)] == [0.0, 0.5, 0.25, 0.75, 0.125]
+
+
+@pytest.mark.parametrize(("length", "overlap", "stride"), [(16, 16, 1), (16, 17, 1), (16, -1, 1), (0, 0, 1), (16, 4, 0)])
+def test_impossible_settings_are_refused_by_name(length, overlap, stride):
+    with pytest.raises(PlanError, match="context_"):
+        WindowPlan(WindowSchedule.STATIC, length, overlap, stride)
+
+
+@pytest.mark.parametrize("method", FuseMethod)
+@pytest.mark.parametrize("schedule", WindowSchedule)
+@pytest.mark.parametrize(("length", "overlap"), SETTINGS)
+def test_windows_that_agree_fuse_to_what_they_agree_on(method, schedule, length, overlap):
+    clip = torch.randn(50, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    fusion = Fusion(clip, 0, method, overlap)
+    for window in WindowPlan(schedule, length, overlap).windows(50, 3):
+        fusion.add(window, clip[window])
+    torch.testing.assert_close(fusion.mean(), clip)
+
+
+def test_fusion_on_a_time_axis_weighs_as_the_formula_says():
+    fusion = Fusion(torch.zeros(1, 1, 3, 1), 2, FuseMethod.PYRAMID, 1)
+    fusion.add([0, 1], torch.full((1, 1, 2, 1), 1.0))
+    fusion.add([1, 2], torch.full((1, 1, 2, 1), 4.0))
+    assert fusion.mean().flatten().tolist() == [1.0, 2.5, 4.0]
+
+
+def test_overlap_linear_fades_only_inside_the_clip():
+    assert window_weights(FuseMethod.OVERLAP_LINEAR, range(8), 20, 3) == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert window_weights(FuseMethod.OVERLAP_LINEAR, range(8), 20, 0) == [1.0] * 8
+    assert window_weights(FuseMethod.PYRAMID, range(5), 20, 3) == [1, 2, 3, 2, 1]
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_shuffled_noise_permutes_the_piece_one_window_earlier(axis):
+    noise = torch.randn(1, 2, 40, 3).movedim(2, axis)
+    out = arrange_noise(noise, NoiseKind.SHUFFLED, 16, 4, axis, seed=5).movedim(axis, 0)
+    given = noise.movedim(axis, 0)
+    assert torch.equal(out[:16], given[:16])
+    for start in range(16, 40, 12):
+        piece = {tuple(frame.flatten().tolist()) for frame in out[start : start + 12]}
+        assert piece <= {tuple(frame.flatten().tolist()) for frame in out[start - 16 : start - 4]}
+        assert len(piece) == min(12, 40 - start)
+    assert not torch.equal(out, arrange_noise(noise, NoiseKind.SHUFFLED, 16, 4, axis, seed=6).movedim(axis, 0))
+    assert torch.equal(out, arrange_noise(noise, NoiseKind.SHUFFLED, 16, 4, axis, seed=5).movedim(axis, 0))
+
+
+def test_independent_noise_is_left_alone_and_repeated_noise_repeats():
+    noise = torch.randn(20, 4)
+    assert torch.equal(arrange_noise(noise, NoiseKind.INDEPENDENT, 8, 2, 0, 1), noise)
+    repeated = arrange_noise(noise, NoiseKind.REPEATED, 8, 2, 0, 1)
+    assert torch.equal(repeated[8:14], noise[:6])
