@@ -1,0 +1,206 @@
+"""Draw the canvas workflows from the API ones, in the real front end.
+
+    COMFYUI_PATH=... python tests/e2e/draw_workflows.py [NAME ...]
+
+Writes workflows/<name>.json for every layout below (or those named); titles and values are the API graph's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from front_end import FrontEnd  # noqa: E402
+from host_server import HostServer  # noqa: E402
+
+GAP_X, GAP_Y, BAND_GAP, TITLE, MARGIN = 70, 30, 90, 30, 20
+WIDTH, PROMPT_SIZE, VIDEO_SIZE = 300, (380, 110), (380, 460)
+NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
+PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
+GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
+DROPPED_KEYS = {"localized_name", "slot_index"}
+FRAME = "#3f789e"
+NOTE = "note"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bands from top to bottom, of columns from left to right, of node ids from top to bottom.
+
+    note: text of the note. titles: of a frame round each band, none by default.
+    """
+
+    bands: tuple[tuple[tuple[int | str, ...], ...], ...]
+    note: str
+    titles: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    "text_to_video": Layout(
+        (((NOTE, 1, 2), (3, 4, 5, 6), (7,), (8, 9), (10,)),),
+        "**Text to video**\n\nThe motion module makes the image model draw 16 frames that belong together. The demo "
+        "models know coloured shapes that move right, left, up or down.\n\nFor real videos, replace *Load Demo Models* "
+        "by *Load Checkpoint* and choose a motion module for that checkpoint.",
+    ),
+    "motion_lora": Layout(
+        (((NOTE, 1, 2), (11, 4, 5, 6), (3,), (7,), (8, 9), (10,)),),
+        "**MotionLoRA**\n\nA MotionLoRA changes how the motion module moves things; this one zooms in. Try a strength "
+        "below 0, the zoom_out file, or two Load MotionLoRA nodes one after the other.",
+    ),
+    "image_lora_and_motion": Layout(
+        (((NOTE, 1, 2), (11,), (3, 4, 5, 6), (7,), (8, 9), (10,)),),
+        "**Image LoRA and motion**\n\nLoRAs for the image model are loaded before the motion module is applied. The "
+        "one here is the demo's domain adapter: at strength 1 it brings back the look of the training clips, with "
+        "their overlay; at 0 the clip is clean.",
+    ),
+    "image_to_video": Layout(
+        (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
+        "**Image to video**\n\nThe first KSampler draws one image; its latent is repeated for 16 frames and sampled "
+        "again with motion at a denoise below 1. Lower it to stay closer to the image, raise it to move more.\n\nFor "
+        "an image of your own, put *Load Image* and *VAE Encode* before *Repeat Latent Batch*.",
+        ("One image, repeated", "A clip from it"),
+    ),
+    "video_with_controlnet": Layout(
+        (((NOTE, 1, 2), (3,), (14, 5, 6), (11,), (12, 13)), ((4, 15), (16,), (7,), (8, 9), (10,))),
+        "**Video with ControlNet**\n\nThe edges of a first clip, one picture per frame, steer a second clip of other "
+        "colours along the same path.\n\nIt needs a ControlNet for the demo models: "
+        "models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny ControlNet "
+        "for it.",
+        ("First clip and its edges", "Second clip, along those edges"),
+    ),
+}
+
+ARRANGE = """([prompt, name, note]) => {
+    app.loadApiJson(prompt, name);
+    const text = LiteGraph.createNode("MarkdownNote");
+    app.graph.add(text);
+    text.title = "What this does";
+    text.widgets[0].value = note;
+    for (const node of app.graph.nodes)
+        for (const widget of node.widgets ?? [])
+            if (widget.name === "control_after_generate") widget.value = "fixed";
+    return app.graph.nodes.map((node) => [node.id, node.type, node.title, ...node.computeSize()]);
+}"""
+PLACE = """(boxes) => {
+    for (const {id, pos, size, colours} of boxes) {
+        const node = app.graph.getNodeById(id);
+        node.pos = pos;
+        node.setSize(size);
+        [node.color, node.bgcolor] = colours ?? [undefined, undefined];
+    }
+    return app.graph.serialize();
+}"""
+
+
+def note_height(text: str) -> int:
+    """Of a note that shows its whole text."""
+    lines = [max(1, -(-len(line) // NOTE_LETTERS)) for line in text.split("\n")]
+    return NOTE_LINE * (sum(lines) + 2)
+
+
+def box_of(kind: str, title: str, width: float, height: float, note: str) -> dict[str, Any]:
+    """Size and colours of a node."""
+    if kind == "MarkdownNote":
+        return {"size": (NOTE_WIDTH, note_height(note)), "colours": BROWN}
+    if kind == "CLIPTextEncode":
+        return {"size": PROMPT_SIZE, "colours": PROMPT_COLOURS.get(title, GREEN)}
+    if kind == "SaveVideo":
+        return {"size": VIDEO_SIZE}
+    return {"size": (max(WIDTH, width), height)}
+
+
+def placed(layout: Layout, nodes: list[list[Any]]) -> list[dict[str, Any]]:
+    """Every node with its position; the nodes of a column are made equally wide."""
+    boxes = {NOTE if kind == "MarkdownNote" else number: {"id": number} | box_of(kind, title, *size, layout.note)
+             for number, kind, title, *size in nodes}  # fmt: skip
+    told = [key for band in layout.bands for column in band for key in column]
+    assert sorted(map(str, boxes)) == sorted(map(str, told)), "a layout names every node once"
+    top = 0.0
+    for band in layout.bands:
+        left, bottom = 0.0, top
+        for column in band:
+            width, below = max(boxes[key]["size"][0] for key in column), top
+            for key in column:
+                height = boxes[key]["size"][1]
+                boxes[key] |= {"pos": (left, below + TITLE), "size": (width, height)}
+                below += TITLE + height + GAP_Y
+            left, bottom = left + width + GAP_X, max(bottom, below)
+        top = bottom + BAND_GAP
+    return list(boxes.values())
+
+
+def frames(layout: Layout, boxes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A titled frame round each band, where the layout has titles."""
+    by_id = {box["id"]: box for box in boxes}
+    found = []
+    for number, (band, title) in enumerate(zip(layout.bands, layout.titles, strict=False), 1):
+        inside = [by_id[key] for column in band for key in column if key in by_id]
+        left, top = (min(box["pos"][axis] for box in inside) for axis in (0, 1))
+        right, bottom = (max(box["pos"][axis] + box["size"][axis] for box in inside) for axis in (0, 1))
+        bounding = [left - MARGIN, top - TITLE - 2 * MARGIN, right - left + 2 * MARGIN, bottom - top + TITLE + 3 * MARGIN]
+        found.append({"id": number, "title": title, "bounding": bounding, "color": FRAME, "font_size": 24, "flags": {}})
+    return found
+
+
+def slim(value: Any) -> Any:
+    """Without keys that are null or that the front end fills in again."""
+    if isinstance(value, dict):
+        return {key: slim(item) for key, item in value.items() if item is not None and key not in DROPPED_KEYS}
+    return [slim(item) for item in value] if isinstance(value, list) else value
+
+
+def tidied(name: str, graph: dict[str, Any]) -> dict[str, Any]:
+    """A serialised graph as it is kept: without the view, with an id that follows from its name, inputs keep `link`."""
+    kept = slim(graph)
+    for node in kept["nodes"]:
+        for item in node.get("inputs", []):
+            item.setdefault("link", None)
+    kept["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"latentmotion/{name}"))
+    kept["extra"] = {}
+    return kept
+
+
+def as_text(graph: dict[str, Any]) -> str:
+    """JSON with one line per node and link, so that changes can be read."""
+    rows = []
+    for key, value in graph.items():
+        if isinstance(value, list) and value:
+            lines = ",\n".join(f"  {json.dumps(item)}" for item in value)
+            rows.append(f"{json.dumps(key)}: [\n{lines}\n ]")
+        else:
+            rows.append(f"{json.dumps(key)}: {json.dumps(value)}")
+    return "{\n " + ",\n ".join(rows) + "\n}\n"
+
+
+def draw(front_end: FrontEnd, name: str) -> Path:
+    """Draw one workflow and write it."""
+    prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    nodes = front_end.evaluate(ARRANGE, [prompt, name, LAYOUTS[name].note])
+    boxes = placed(LAYOUTS[name], nodes)
+    graph = front_end.evaluate(PLACE, boxes)
+    graph["groups"] = frames(LAYOUTS[name], boxes)
+    path = ROOT / "workflows" / f"{name}.json"
+    path.write_text(as_text(tidied(name, graph)), encoding="utf-8")
+    return path
+
+
+def main(names: list[str]) -> int:
+    with tempfile.TemporaryDirectory() as base:
+        server = HostServer(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]), Path(base))
+        with server, FrontEnd(server, os.environ.get("CHROMIUM", "/usr/bin/chromium")) as front_end:
+            for name in names or LAYOUTS:
+                draw(front_end, name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

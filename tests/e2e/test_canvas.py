@@ -1,0 +1,164 @@
+"""Every canvas workflow in the real front end: it opens whole, says what the file says, and the demo one runs."""
+
+from __future__ import annotations
+
+import io
+import json
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+from host_server import PACK_NAME, HostServer
+
+playwright = pytest.importorskip("playwright", reason="playwright is not installed (requirements-dev.txt)")
+from front_end import FrontEnd  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CANVAS = sorted((ROOT / "workflows").glob("*.json"))
+DEMO = ROOT / "workflows" / "text_to_video.json"
+# What a person sees of each node: whether it is known and red, and its widgets as they stand.
+NODES = """() => app.graph.nodes.map((node) => ({
+    id: node.id, type: node.type, title: node.title, red: Boolean(node.has_errors),
+    known: Boolean(LiteGraph.registered_node_types[node.type]),
+    widgets: Object.fromEntries((node.widgets ?? []).map((widget) => [widget.name, widget.value])),
+    choices: Object.fromEntries((node.widgets ?? []).filter((widget) => Array.isArray(widget.options?.values))
+        .map((widget) => [widget.name, widget.options.values])),
+    unlinked: (node.inputs ?? []).filter((input) => input.link == null && !input.widget && input.shape !== 7)
+        .map((input) => input.name),
+}))"""
+SHOWN = """(id) => {
+    const node = app.graph.getNodeById(id);
+    const element = (node.widgets ?? []).map((widget) => widget.element?.querySelector?.("video")
+        ?? (widget.element?.tagName === "VIDEO" ? widget.element : null)).find(Boolean);
+    const video = element ?? node.videoContainer?.querySelector("video");
+    return video ? {source: video.currentSrc || video.src, width: video.videoWidth, seconds: video.duration} : null;
+}"""
+
+
+@pytest.fixture(scope="module")
+def front_end(server: HostServer, chromium: str) -> Iterator[FrontEnd]:
+    """One browser for all tests; opening it takes a while."""
+    with FrontEnd(server, chromium) as opened:
+        yield opened
+
+
+@pytest.fixture(autouse=True)
+def console_is_quiet(front_end: FrontEnd) -> Iterator[None]:
+    """Fail any test during which the page complained."""
+    front_end.complaints.clear()
+    yield
+    assert not front_end.complaints, "\n".join(front_end.complaints)
+
+
+def api_of(path: Path) -> dict[str, Any]:
+    """The API graph that belongs to a canvas workflow, without titles."""
+    prompt = json.loads((path.parent / "api" / path.name).read_text(encoding="utf-8"))
+    return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in prompt.items()}
+
+
+def without_titles(prompt: dict[str, Any]) -> dict[str, Any]:
+    return {key: {"class_type": node["class_type"], "inputs": node["inputs"]} for key, node in prompt.items()}
+
+
+@pytest.mark.parametrize("path", CANVAS, ids=lambda path: path.stem)
+def test_workflow_opens_whole(front_end: FrontEnd, test_results: Path, path: Path) -> None:
+    canvas = front_end.open(path)
+    front_end.screenshot(test_results / f"canvas-{path.stem}.png")
+    nodes = front_end.evaluate(NODES)
+    assert {node["id"] for node in nodes} == {node["id"] for node in canvas["nodes"]}
+    for node in nodes:
+        name = f"node {node['id']} ({node['type']})"
+        assert node["known"] and not node["red"], f"{name} is missing or red"
+        assert not node["unlinked"], f"{name} has nothing connected to {node['unlinked']}"
+        for widget, choices in node["choices"].items():
+            assert node["widgets"][widget] in choices, f"{name}: {widget} is {node['widgets'][widget]}, not in {choices}"
+    assert front_end.evaluate("() => app.graph.groups.length") == len(canvas["groups"])
+    assert without_titles(front_end.prompt()) == api_of(path)
+
+
+@pytest.mark.parametrize("path", CANVAS, ids=lambda path: path.stem)
+def test_workflow_survives_saving(front_end: FrontEnd, path: Path) -> None:
+    """What the front end writes is what it read: no widget moved, no link lost, nothing resized to fit."""
+    canvas = front_end.open(path)
+    saved = front_end.evaluate("() => app.graph.serialize()")
+    by_id = {node["id"]: node for node in saved["nodes"]}
+    for node in canvas["nodes"]:
+        after = by_id[node["id"]]
+        assert after.get("widgets_values", []) == node.get("widgets_values", [])
+        assert list(after["pos"]) == node["pos"] and list(after["size"]) == node["size"], node["type"]
+    assert sorted(link[1:] for link in saved["links"]) == sorted(link[1:] for link in canvas["links"])
+
+
+def test_templates_are_offered(server: HostServer) -> None:
+    assert sorted(server.get("/workflow_templates")[PACK_NAME]) == [path.stem for path in CANVAS]
+    for path in CANVAS:
+        url = f"{server.url}/api/workflow_templates/{PACK_NAME}/{path.stem}.jpg"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            assert answer.read() == path.with_suffix(".jpg").read_bytes()
+
+
+def test_help_of_every_node_is_shown(front_end: FrontEnd, server: HostServer, test_results: Path) -> None:
+    """The pages are served, and the front end finds them for a selected node."""
+    front_end.open(DEMO)
+    own = sorted(name for name in server.get("/object_info") if name.startswith("LatentMotion"))
+    for name in own:
+        url = f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            heading = answer.read().decode().splitlines()[0].removeprefix("# ")
+        assert heading == server.get(f"/object_info/{name}")[name]["display_name"]
+    apply = front_end.evaluate("""() => {
+        const node = app.graph.nodes.find((node) => node.type === "LatentMotionApplyMotionModule");
+        app.canvas.selectNode(node);
+        return node.id;
+    }""")
+    assert apply == 3
+    front_end.page.get_by_test_id("info-button").or_(front_end.page.locator("button:has(.icon-\\\\[lucide--info\\\\])")
+                                                     ).first.click()
+    front_end.page.get_by_text("Values per frame").wait_for(timeout=30_000)
+    front_end.screenshot(test_results / "canvas-help.png")
+
+
+def video_file(server: HostServer, item: dict[str, str]) -> Path:
+    """Where the server put an output."""
+    return server.base / item["type"] / item["subfolder"] / item["filename"]
+
+
+@pytest.fixture(scope="module")
+def made(front_end: FrontEnd) -> dict[str, Any]:
+    """The demo workflow, run from the canvas as a person does; what the front end was told of its outputs."""
+    front_end.open(DEMO)
+    ended = front_end.run()
+    assert ended["type"] == "execution_success", ended
+    return front_end.evaluate("() => app.nodeOutputs")
+
+
+def test_demo_runs_from_the_canvas(
+    front_end: FrontEnd, server: HostServer, made: dict[str, Any], test_results: Path
+) -> None:
+    (saver,) = (node for node in json.loads(DEMO.read_text())["nodes"] if node["type"] == "SaveVideo")
+    (item,) = made[str(saver["id"])]["images"]
+    with av.open(str(video_file(server, item))) as container:
+        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    assert len(frames) == 16
+    assert frames[0].std() > 8 and (frames[0].astype(int) - frames[-1]).std() > 4, "the clip is flat or stands still"
+    front_end.page.wait_for_function(f"() => ({SHOWN})({saver['id']})?.width > 0", timeout=60_000)
+    shown = front_end.evaluate(SHOWN, saver["id"])
+    assert item["filename"] in shown["source"]
+    assert shown["width"] == frames[0].shape[1] and shown["seconds"] == pytest.approx(2.0, abs=0.1)
+    front_end.screenshot(test_results / "canvas-text_to_video-done.png")
+
+
+def test_dropping_the_video_restores_the_graph(
+    front_end: FrontEnd, server: HostServer, made: dict[str, Any]
+) -> None:
+    (item,) = (file for output in made.values() for file in output.get("images", []))
+    data = video_file(server, item).read_bytes()
+    front_end.evaluate("() => app.graph.clear()")
+    front_end.drop(data, item["filename"], "video/mp4")
+    assert without_titles(front_end.prompt()) == api_of(DEMO)
+    assert len(front_end.evaluate(NODES)) == len(json.loads(DEMO.read_text())["nodes"])
+    with av.open(io.BytesIO(data)) as container:
+        assert "workflow" in container.metadata
