@@ -6,7 +6,11 @@ from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
+from ..sampling.fuse import FuseMethod
+from ..sampling.noise import NoiseKind
+from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from . import paths
+from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
 
@@ -17,6 +21,9 @@ STRETCH = "stretch"
 POSITIONS = [AS_TRAINED, STRETCH]
 AS_EVOLVED = "as AnimateDiff-Evolved"
 GROUP_NORMS = [AS_TRAINED, AS_EVOLVED]
+WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
+FUSE_METHODS = [method.value for method in FuseMethod]
+NOISE_KINDS = [kind.value for kind in NoiseKind]
 
 
 def known_file(folder: str, name: str) -> bool | str:
@@ -29,14 +36,27 @@ def known_range(start: float, end: float) -> bool | str:
     if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
         return f"start_percent ({start}) and end_percent ({end}) must lie between 0 and 1."
     if start >= end:
-        return (f"start_percent ({start}) is not below end_percent ({end}), so the motion module would never act. "
-                "Lower start_percent or raise end_percent.")
+        return (
+            f"start_percent ({start}) is not below end_percent ({end}), so the motion module would never act. "
+            "Lower start_percent or raise end_percent."
+        )
     return True
 
 
-def settings(module: MotionModule, *, strength: float, motion_scale: float, start_percent: float, end_percent: float,
-             noise_schedule: str, frames: int, positions: str, group_norm: str, strength_per_frame: Any = None,
-             motion_scale_per_frame: Any = None) -> MotionSettings:
+def settings(
+    module: MotionModule,
+    *,
+    strength: float,
+    motion_scale: float,
+    start_percent: float,
+    end_percent: float,
+    noise_schedule: str,
+    frames: int,
+    positions: str,
+    group_norm: str,
+    strength_per_frame: Any = None,
+    motion_scale_per_frame: Any = None,
+) -> MotionSettings:
     """Translate the widgets of Apply Motion Module. Raises ValueError for per-frame values that cannot be read."""
     return MotionSettings(
         strength=_per_frame(strength, strength_per_frame),
@@ -58,3 +78,27 @@ def _schedule(module: MotionModule, choice: str) -> Schedule | None:
     if choice == AS_TRAINED:
         return module.spec.variant.schedule
     return None if choice == MODELS_OWN else Schedule(choice)
+
+
+def known_windows(length: int, overlap: int, stride: int) -> bool | str:
+    """True, or the sentence for window settings that no clip could be planned with."""
+    try:
+        WindowPlan(length=length, overlap=overlap, stride=stride)
+    except PlanError as error:
+        return str(error)
+    return True
+
+
+def sliding_context(
+    *,
+    context_length: int,
+    context_overlap: int,
+    schedule: str,
+    context_stride: int,
+    closed_loop: bool,
+    fuse: str,
+    noise: str,
+) -> SlidingContext:
+    """Translate the widgets of Sliding Context. Raises PlanError for lengths that make no plan."""
+    plan = WindowPlan(WindowSchedule(schedule), context_length, context_overlap, context_stride, closed_loop)
+    return SlidingContext(plan, FuseMethod(fuse), NoiseKind(noise))

@@ -51,8 +51,9 @@ def frame_values(number: float, per_frame: Tensor | Sequence[float] | float | No
     if isinstance(per_frame, Tensor):
         maps = per_frame if per_frame.ndim > 2 else per_frame[None]
         if maps.ndim != 3 or not maps.numel():
-            raise ValueError("per-frame values must be masks of shape (frames, height, width), not "
-                             f"{tuple(per_frame.shape)}")
+            raise ValueError(
+                f"per-frame values must be masks of shape (frames, height, width), not {tuple(per_frame.shape)}"
+            )
         maps = maps[:, None].float().clone()
     else:
         values = [float(v) for v in per_frame] if isinstance(per_frame, Sequence) else [float(per_frame)]
@@ -76,8 +77,10 @@ def parse_frame_values(text: str) -> list[float]:
             frame, value = part.split(":") if ":" in text else ("0", part)
             pairs.append((int(frame), float(value)))
         except ValueError:
-            raise ValueError(f'cannot read "{part}" in "{text}": write numbers such as 0.2, 0.5, 1 or keyframes such '
-                             "as 0: 0.2, 15: 1") from None
+            raise ValueError(
+                f'cannot read "{part}" in "{text}": write numbers such as 0.2, 0.5, 1 or keyframes such '
+                "as 0: 0.2, 15: 1"
+            ) from None
     return _between(sorted(pairs)) if ":" in text else [value for _, value in pairs]
 
 

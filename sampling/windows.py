@@ -45,8 +45,10 @@ class WindowPlan:
         if self.stride < 1:
             raise PlanError(f"context_stride is {self.stride}; it must be at least 1.")
         if not 0 <= self.overlap < self.length:
-            raise PlanError(f"context_overlap is {self.overlap} and must be at least 0 and less than the "
-                            f"context_length, {self.length}. A quarter of the length is usual.")
+            raise PlanError(
+                f"context_overlap is {self.overlap} and must be at least 0 and less than the "
+                f"context_length, {self.length}. A quarter of the length is usual."
+            )
 
     def windows(self, frames: int, step: int = 0) -> list[Window]:
         """Windows for a clip of `frames` frames at sampling step `step`; together they cover every frame."""

@@ -49,7 +49,9 @@ def test_halving_mirrors_the_bits():
     assert [halving(step) for step in range(5)] == [0.0, 0.5, 0.25, 0.75, 0.125]
 
 
-@pytest.mark.parametrize(("length", "overlap", "stride"), [(16, 16, 1), (16, 17, 1), (16, -1, 1), (0, 0, 1), (16, 4, 0)])
+@pytest.mark.parametrize(
+    ("length", "overlap", "stride"), [(16, 16, 1), (16, 17, 1), (16, -1, 1), (0, 0, 1), (16, 4, 0)]
+)
 def test_impossible_settings_are_refused_by_name(length, overlap, stride):
     with pytest.raises(PlanError, match="context_"):
         WindowPlan(WindowSchedule.STATIC, length, overlap, stride)

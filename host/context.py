@@ -1,0 +1,170 @@
+"""Long clips: a handler on the host's own hook for context windows, with everything per frame cut to the window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.context_windows import ContextHandlerABC
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..sampling.fuse import FuseMethod, Fusion
+from ..sampling.noise import NoiseKind, arrange_noise
+from ..sampling.windows import WindowPlan
+from .conditioning import ControlSlices, cut_conds
+
+KEY = "latentmotion_context"
+RUN = "latentmotion_context_run"
+TICKS = 100  # of the progress bar, per sampling step
+
+
+def frame_axis(x: Tensor | tuple[int, ...]) -> int:
+    """Axis of the frames: time for 5-D latents, the batch for images."""
+    dims = x.ndim if isinstance(x, Tensor) else len(x)
+    return 2 if dims == 5 else 0
+
+
+@dataclass(frozen=True)
+class ContextWindow:
+    """Frames of one call, as the host and neighbouring packs read them from `context_window`."""
+
+    index_list: list[int]
+    dim: int
+    total_frames: int
+
+    @property
+    def context_length(self) -> int:
+        return len(self.index_list)
+
+    def get_tensor(
+        self, full: Tensor, device: Any = None, dim: int | None = None, retain_index_list: Any = ()
+    ) -> Tensor:
+        """The window's part of a tensor with an entry per frame on `dim`; one frame stands for all."""
+        dim = self.dim if dim is None else dim
+        if dim == 0 and full.shape[0] == 1:
+            return full
+        return full.index_select(dim, torch.tensor(self.index_list, device=full.device)).to(device)
+
+    def add_window(self, full: Tensor, to_add: Tensor, dim: int | None = None) -> Tensor:
+        index = torch.tensor(self.index_list, device=full.device)
+        return full.index_add_(self.dim if dim is None else dim, index, to_add)
+
+
+@dataclass
+class ContextRun:
+    """What lasts for one sampling run: ControlNets cut to windows, and the progress told so far."""
+
+    bar: Any = None
+    told: int = 0
+    controls: ControlSlices = field(default_factory=ControlSlices)
+
+    def tell(self, step: int, done: int, windows: int) -> None:
+        """Move the node's progress bar to a window of a step; samplers that go back never move it back."""
+        self.told = max(self.told, step * TICKS + done * TICKS // windows)
+        if self.bar is not None:
+            self.bar.update_absolute(self.told)
+
+
+@dataclass(frozen=True, eq=False)
+class SlidingContext(ContextHandlerABC):
+    """Samples a long clip window by window and fuses what the windows predict, at every step of the sampler."""
+
+    plan: WindowPlan = WindowPlan()
+    fuse: FuseMethod = FuseMethod.PYRAMID
+    noise: NoiseKind = NoiseKind.INDEPENDENT
+
+    def __deepcopy__(self, memo: dict) -> SlidingContext:
+        return self
+
+    def should_use_context(self, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: dict) -> bool:
+        return x_in.shape[frame_axis(x_in)] > self.plan.length
+
+    def get_resized_cond(self, cond_in: list[dict], x_in: Tensor, window: ContextWindow, device: Any = None) -> list:
+        return cut_conds(cond_in, x_in, window, ControlSlices(), None)
+
+    def execute(
+        self, calc_cond_batch: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
+    ) -> list[Tensor]:
+        """Predictions for the whole clip, one tensor for each of `conds`."""
+        axis = frame_axis(x_in)
+        frames = x_in.shape[axis]
+        options = model_options.get("transformer_options", {})
+        run = options.get(RUN) or ContextRun()
+        step = step_of(timestep, options.get("sample_sigmas"))
+        windows = self.plan.windows(frames, step)
+        fusions = [Fusion(x_in, axis, self.fuse, self.plan.overlap) for _ in conds]
+        for number, indices in enumerate(windows):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            run.tell(step, number, len(windows))
+            window = ContextWindow(indices, axis, frames)
+            parts = [cut_conds(cond, x_in, window, run.controls, model) for cond in conds]
+            times = timestep if timestep.shape[0] == 1 or axis else window.get_tensor(timestep)
+            inner = {**model_options, "transformer_options": {**options, "context_window": window}}
+            x = window.get_tensor(x_in)
+            predicted = calc_cond_batch(model, parts, x, times.expand(x.shape[0]), inner)
+            for fusion, value in zip(fusions, predicted, strict=True):
+                fusion.add(indices, value)
+        return [fusion.mean() for fusion in fusions]
+
+
+def step_of(timestep: Tensor, sigmas: Tensor | None) -> int:
+    """Number of the sampling step a noise level belongs to, also for levels a sampler takes between two steps."""
+    if sigmas is None:
+        return 0
+    level = timestep.max().to(sigmas)
+    # A hair of tolerance: the sampler's own arithmetic may have moved a level of the schedule by a rounding error.
+    return max(0, int((sigmas[:-1] >= level * (1 - 1e-4)).sum()) - 1)
+
+
+def apply_context(model: ModelPatcher, context: SlidingContext) -> ModelPatcher:
+    """Return a clone of MODEL that samples long clips through windows; a context set before is replaced."""
+    model = model.clone()
+    model.model_options["context_handler"] = context
+    for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, start_run), (WrappersMP.PREPARE_SAMPLING, plan_memory)):
+        model.remove_wrappers_with_key(kind, KEY)
+        model.add_wrapper_with_key(kind, KEY, wrapper)
+    return model
+
+
+def start_run(
+    executor: Any,
+    noise: Tensor,
+    latent_image: Tensor,
+    sampler: Any,
+    sigmas: Tensor,
+    denoise_mask: Any = None,
+    callback: Any = None,
+    disable_pbar: bool = False,
+    seed: int | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Arrange the noise of a long clip and keep this run's state while it lasts."""
+    guider = executor.class_obj
+    context = guider.model_options.get("context_handler")
+    axis = frame_axis(noise)
+    if not isinstance(context, SlidingContext) or noise.shape[axis] <= context.plan.length:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+    noise = arrange_noise(noise, context.noise, context.plan.length, context.plan.overlap, axis, seed or 0)
+    before = guider.model_options
+    run = ContextRun(comfy.utils.ProgressBar(max(1, len(sigmas) - 1) * TICKS))
+    guider.model_options = {**before, "transformer_options": {**before.get("transformer_options", {}), RUN: run}}
+    try:
+        return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+    finally:
+        guider.model_options = before
+
+
+def plan_memory(executor: Callable, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+    """Let the host reserve memory for one window instead of the whole clip."""
+    context = (kwargs.get("model_options") or getattr(model, "model_options", {})).get("context_handler")
+    if isinstance(context, SlidingContext):
+        noise_shape = list(noise_shape)
+        axis = frame_axis(tuple(noise_shape))
+        noise_shape[axis] = min(noise_shape[axis], context.plan.length)
+    return executor(model, noise_shape, *args, **kwargs)

@@ -1,0 +1,186 @@
+"""Sliding Context on the host's samplers. A model that keeps frames apart must draw the same with and without windows:
+that proves the cutting of everything per frame; with motion the windows themselves are what is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import comfy.model_management
+import comfy.samplers
+import pytest
+import tiny_host
+import torch
+from helpers_motion import Pair, relative_error
+from latentmotion.host import options
+from latentmotion.host.context import SlidingContext, apply_context, step_of
+from latentmotion.motion_modules.call import MotionCall
+from latentmotion.sampling.fuse import FuseMethod
+from latentmotion.sampling.noise import NoiseKind
+from latentmotion.sampling.windows import WindowPlan, WindowSchedule
+
+pytest_plugins = ["helpers_fixtures"]
+
+FRAMES, LENGTH, OVERLAP = 11, 4, 2
+
+
+def windowed(model, schedule: WindowSchedule = WindowSchedule.STATIC, fuse: FuseMethod = FuseMethod.PYRAMID, **more):
+    plan = WindowPlan(schedule, more.pop("length", LENGTH), more.pop("overlap", OVERLAP), **more.pop("plan", {}))
+    return apply_context(model, SlidingContext(plan, fuse, **more))
+
+
+def per_frame(seed: int, *shape: int) -> torch.Tensor:
+    return torch.rand(FRAMES, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("schedule", WindowSchedule)
+@pytest.mark.parametrize("fuse", FuseMethod)
+def test_frames_kept_apart_are_drawn_as_without_windows(schedule: WindowSchedule, fuse: FuseMethod, pair: Pair) -> None:
+    positive = tiny_host.conditioning(pair.plain, 1, batch=FRAMES)  # another prompt for every frame
+    whole = tiny_host.sample(pair.plain, FRAMES, positive=positive)
+    parts = tiny_host.sample(windowed(pair.plain, schedule, fuse), FRAMES, positive=positive)
+    assert relative_error(parts, whole) < 1e-4
+
+
+def test_hints_and_masks_follow_the_frame(pair: Pair, run_node: Callable) -> None:
+    positive, negative = run_node(
+        "ControlNetApplyAdvanced", positive=tiny_host.conditioning(pair.plain, 1),
+        negative=tiny_host.conditioning(pair.plain, 2), control_net=tiny_host.controlnet(), image=per_frame(1, 64, 64, 3),
+        strength=0.8, start_percent=0.0, end_percent=1.0,
+    )  # fmt: skip
+    positive = [[positive[0][0], positive[0][1] | {"mask": per_frame(2, 8, 8), "mask_strength": 1.0}]]
+    whole, parts = (tiny_host.sample(model, FRAMES, positive=positive, negative=negative)
+                    for model in (pair.plain, windowed(pair.plain)))  # fmt: skip
+    assert relative_error(parts, whole) < 1e-4
+
+
+def test_inpainting_mask_follows_the_frame(pair: Pair) -> None:
+    mask, start = per_frame(3, 1, 8, 8).round(), per_frame(4, 4, 8, 8)
+    whole, parts = (tiny_host.sample(model, FRAMES, start=start, noise_mask=mask)
+                    for model in (pair.plain, windowed(pair.plain)))  # fmt: skip
+    assert relative_error(parts, whole) < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "heun", "dpmpp_2m", "ddim", "lcm"])
+def test_samplers_that_look_between_steps(sampler: str, pair: Pair) -> None:
+    whole, parts = (tiny_host.sample(model, FRAMES, sampler=sampler, steps=3)
+                    for model in (pair.plain, windowed(pair.plain, WindowSchedule.UNIFORM)))  # fmt: skip
+    assert relative_error(parts, whole) < 1e-4
+
+
+@pytest.mark.parametrize("overlap", [0, 1, LENGTH - 1])
+def test_motion_sees_windows_and_nothing_longer(overlap: int, pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    transformer = next(iter(pair.module.patcher.model.transformers().values()))
+    hook = transformer.register_forward_pre_hook(lambda module, args: seen.append(_frames_of(args)))
+    try:
+        long = tiny_host.sample(windowed(pair.video(), overlap=overlap), FRAMES)
+        short = tiny_host.sample(windowed(pair.video(), overlap=overlap, length=FRAMES), FRAMES)
+    finally:
+        hook.remove()
+    assert set(seen) == {LENGTH, FRAMES}, "windows of four, then the whole clip in one"
+    assert torch.equal(short, tiny_host.sample(pair.video(), FRAMES)), "a clip as long as the window needs no windows"
+    assert relative_error(long, short) > 1e-3
+
+
+def _frames_of(args: tuple) -> int:
+    return next(arg.frames for arg in args if isinstance(arg, MotionCall))
+
+
+def test_overlap_and_noise_change_the_clip_and_seeds_repeat_it(pair: Pair) -> None:
+    variants = [windowed(pair.video()), windowed(pair.video(), overlap=0), windowed(pair.video(), noise=NoiseKind.SHUFFLED),
+                windowed(pair.video(), noise=NoiseKind.REPEATED), windowed(pair.video(), WindowSchedule.LOOPED)]  # fmt: skip
+    clips = [tiny_host.sample(model, FRAMES) for model in variants]
+    for i, clip in enumerate(clips):
+        assert torch.equal(clip, tiny_host.sample(variants[i], FRAMES))
+        assert all(relative_error(clip, other) > 1e-3 for other in clips[:i])
+
+
+def test_closed_loop_ties_the_last_frame_to_the_first(pair: Pair) -> None:
+    """A change of the first frame's prompt reaches the last frame only through a window across the seam."""
+    reached, frames = {}, 10  # windows of four, two apart, end with the clip
+    for closed in (False, True):
+        model = windowed(pair.video(), WindowSchedule.LOOPED, plan={"closed_loop": closed})
+        clips = []
+        for seed in (1, 5):
+            text = torch.cat([tiny_host.conditioning(pair.plain, seed)[0][0],
+                              *(tiny_host.conditioning(pair.plain, 1)[0][0] for _ in range(frames - 1))])  # fmt: skip
+            clips.append(tiny_host.sample(model, frames, steps=1, positive=[[text, {}]]))
+        reached[closed] = not torch.equal(clips[0][-1], clips[1][-1])
+    assert reached == {False: False, True: True}
+
+
+def test_neighbours_read_the_window(pair: Pair) -> None:
+    read = []
+
+    def listen(executor, model, conds, x, timestep, model_options):
+        read.append((x.shape[0], model_options["transformer_options"]["ad_params"]))
+        return executor(model, conds, x, timestep, model_options)
+
+    model = windowed(pair.video())
+    model.add_wrapper_with_key("calc_cond_batch", "listener", listen)
+    tiny_host.sample(model, FRAMES, steps=1)
+    assert [params["sub_idxs"] for _, params in read] == WindowPlan(length=LENGTH, overlap=OVERLAP).windows(FRAMES)
+    assert all(params["full_length"] == FRAMES and params["context_length"] == n == LENGTH for n, params in read)
+
+
+def test_cancel_answers_between_windows_and_leaves_nothing(fragile_pair: Pair) -> None:
+    calls = []
+
+    def stop(executor, *args):
+        calls.append(1)
+        comfy.model_management.interrupt_current_processing()
+        return executor(*args)
+
+    model = windowed(fragile_pair.video())
+    model.add_wrapper_with_key("calc_cond_batch", "stopper", stop)
+    before = dict(model.model_options["transformer_options"])
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        tiny_host.sample(model, FRAMES)
+    assert len(calls) == 1
+    assert model.model_options["transformer_options"].keys() == before.keys()
+
+
+def test_progress_counts_windows_and_never_goes_back(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", lambda self, value, *rest: told.append(value))
+    tiny_host.sample(windowed(pair.video()), FRAMES, sampler="heun", steps=2)
+    windows = len(WindowPlan(length=LENGTH, overlap=OVERLAP).windows(FRAMES))
+    assert told == sorted(told) and len(set(told)) == 2 * windows
+
+
+def test_five_dimensional_latents_are_cut_along_time() -> None:
+    """A stand-in for a video model: adds its per-frame conditioning, so windows must agree with the whole."""
+    x, extra = torch.randn(1, 4, 9, 2, 2), torch.randn(1, 4, 9, 2, 2)
+    conds = [[{"model_conds": {"c_concat": comfy.conds.CONDRegular(extra)}}], None]
+    shapes = []
+
+    def calc(model, conds, x, timestep, model_options):
+        shapes.append(tuple(x.shape))
+        return [x + conds[0][0]["model_conds"]["c_concat"].cond, torch.zeros_like(x)]
+
+    context = SlidingContext(WindowPlan(length=4, overlap=1))
+    options_of_run = {"transformer_options": {"sample_sigmas": torch.tensor([2.0, 1.0, 0.0])}}
+    assert context.should_use_context(None, conds, x, torch.tensor([2.0]), options_of_run)
+    out = context.execute(calc, None, conds, x, torch.tensor([2.0]), options_of_run)
+    torch.testing.assert_close(out[0], x + extra)
+    assert set(shapes) == {(1, 4, 4, 2, 2)} and not out[1].any()
+
+
+@pytest.mark.parametrize(("level", "step"), [(10.0, 0), (9.9999, 0), (7.0, 0), (5.0, 1), (3.0, 1), (1.0, 2), (0.5, 2)])
+def test_levels_between_steps_belong_to_the_step_before(level: float, step: int) -> None:
+    assert step_of(torch.tensor([level]), torch.tensor([10.0, 5.0, 1.0, 0.0])) == step
+
+
+def test_memory_is_planned_for_one_window(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    real = comfy.sampler_helpers.estimate_memory
+    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory",
+                        lambda model, shape, conds, *rest: asked.append(shape[0]) or real(model, shape, conds, *rest))  # fmt: skip
+    tiny_host.sample(windowed(pair.video()), FRAMES, steps=1)
+    assert asked == [LENGTH]
+
+
+@pytest.mark.parametrize(("length", "overlap"), [(16, 16), (16, 20)])
+def test_overlap_as_long_as_the_window_is_refused_on_the_node(length: int, overlap: int) -> None:
+    assert "context_overlap" in options.known_windows(length, overlap, 1)
+    assert options.known_windows(16, 0, 1) is True
