@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import comfy.cldm.cldm
+import comfy.model_detection
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
@@ -64,6 +66,19 @@ def build_unet() -> UNetModel:
     """The UNet, its weights not set, float32."""
     settings = ToyConfig(config.UNET).unet_config
     return UNetModel(**settings, dtype=torch.float32, operations=comfy.ops.disable_weight_init)
+
+
+def build_controlnet(unet_weights: dict[str, torch.Tensor]) -> torch.nn.Module:
+    """A ControlNet whose encoder has the UNet's weights, built from them as the host's loader will build it from its
+    file; its other weights are not set. float32."""
+    parts = ("input_blocks.", "middle_block.", "time_embed.")
+    encoder = {key: tensor.float() for key, tensor in unet_weights.items() if key.startswith(parts)}
+    settings = comfy.model_detection.model_config_from_unet(dict(encoder), "", True).unet_config
+    settings.pop("out_channels")
+    ops = comfy.ops.disable_weight_init
+    network = comfy.cldm.cldm.ControlNet(**settings, hint_channels=3, dtype=torch.float32, operations=ops)
+    network.load_state_dict(encoder, strict=False)
+    return network
 
 
 def build_text_encoder() -> torch.nn.Module:

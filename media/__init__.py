@@ -1,1 +1,0 @@
-"""Video in and out, geometry."""
