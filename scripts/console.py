@@ -21,7 +21,7 @@ def tail(log: Path, lines: int = 25) -> str:
     if not log.is_file():
         return "    (no log was written)"
     text = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(f"    {line}" for line in text[-lines:])
+    return "\n".join(f"    {line[:240]}" for line in text[-lines:])
 
 
 def bar(done: float, total: float, width: int = 28) -> str:

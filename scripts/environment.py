@@ -205,5 +205,7 @@ def _install(command: list[str], log: Path) -> None:
     if code != 0:
         text = log.read_text(encoding="utf-8", errors="replace")
         hint = next((advice for sign, advice in HINTS if sign in text), "Run this again once the cause is gone.")
+        if code < 0:
+            hint = f"pip was killed (signal {-code}); if nobody did that, the memory ran out. Run this again."
         raise SetupError(f"pip failed; nothing was kept. Its last lines ({log}):\n{tail(log, 12)}\n{hint}")
     progress.end("environment complete")

@@ -90,7 +90,7 @@ class HostServer:
             line += ["--cpu"]
         return line + self.arguments
 
-    def start(self, patience: float = 240.0) -> None:
+    def start(self, patience: float = 600.0) -> None:
         """Start the host and wait up to `patience` seconds for it to answer."""
         link_pack(self.base)
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONUNBUFFERED": "1"}
