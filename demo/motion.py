@@ -11,7 +11,7 @@ from torch import nn
 from ..training.diffusion import add_noise, alphas_cumprod, noise_error
 from ..training.loop import Recipe
 from .autoencoder import initialise
-from .image import predict
+from .image import CEILING, predict
 from .latents import Order, Samples
 from .text import Vocabulary, encode
 from .world import FRAMES
@@ -21,9 +21,9 @@ MOTION = Recipe("motion", steps=1500, batch=4, learning_rate=1e-3, warmup=100, a
 ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.99, seed=5)
 ZOOM_OUT = Recipe("zoom_out", steps=300, batch=4, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.99, seed=6)
 
-CLIPS = Order("clips", count=800, frames=FRAMES, mark=True, seed=40)
-ZOOM_IN_CLIPS = Order("zoom_in", count=100, frames=FRAMES, mark=True, zoom=1.0, seed=50)
-ZOOM_OUT_CLIPS = Order("zoom_out", count=100, frames=FRAMES, mark=True, zoom=-1.0, seed=60)
+CLIPS = Order("clips", count=900, frames=FRAMES, mark=True, moving=0.85, seed=40)
+ZOOM_IN_CLIPS = Order("zoom_in", count=120, frames=FRAMES, mark=True, moving=0.75, zoom=1.0, seed=50)
+ZOOM_OUT_CLIPS = Order("zoom_out", count=120, frames=FRAMES, mark=True, moving=0.75, zoom=-1.0, seed=60)
 
 
 def single_frames(clips: Samples) -> Samples:
@@ -65,6 +65,7 @@ def clip_loss(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sampl
         noisy = add_noise(latents, noise, kept[steps])
         with torch.no_grad():
             context = encode(encoder, rows.to(device)).repeat_interleave(frames, dim=0)
-        return noise_error(predict(unet, noisy.to(device), steps.to(device), context, **options), noise.to(device))
+        predicted = predict(unet, noisy.to(device), steps.to(device), context, **options)
+        return noise_error(predicted, noise.to(device), kept[steps], CEILING)
 
     return loss_of

@@ -22,7 +22,7 @@ from ..motion_modules.animatediff.network import MotionModel, sinusoid
 from ..training.loop import Recipe, fit
 from ..training.lora import LowRankSet
 from ..training.precision import fast_dtype, planar_norms
-from . import autoencoder, config, image, motion
+from . import autoencoder, config, decoder, image, motion
 from .captions import sentences
 from .latents import Order, Samples, obtain
 from .text import Vocabulary
@@ -41,12 +41,17 @@ class Workshop:
     dtype: torch.dtype
     said: float = field(default=0.0)
 
+    @property
+    def encoder(self) -> Path:
+        """The autoencoder of the first stage: its encoder is final, its decoder is finished by the second."""
+        return self.state / "autoencoder.safetensors"
+
     def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
         return fit(parameters, loss_of, recipe, self.state / f"{recipe.name}.pt", Progress(recipe.name))
 
     def samples(self, order: Order) -> Samples:
         """Drawn and encoded samples, from the cache where this autoencoder has encoded them before."""
-        path = self.out / config.VAE_FILE
+        path = self.encoder
         return obtain(order, Encoding(self, path), self.state / "latents", hashlib.sha256(path.read_bytes()).hexdigest())
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -103,7 +108,20 @@ def train_autoencoder(shop: Workshop) -> None:
         weights = shop.fit(dict(vae.named_parameters()), autoencoder.loss_for(vae, shop.device, shop.dtype), autoencoder.RECIPE)
     vae.float().load_state_dict(weights)
     autoencoder.calibrate(vae.cpu())
-    save_weights(shop.out / config.VAE_FILE, vae.state_dict(), asdict(autoencoder.RECIPE))
+    save_weights(shop.encoder, vae.state_dict(), asdict(autoencoder.RECIPE), torch.float32)
+
+
+def train_decoder(shop: Workshop) -> None:
+    vae = demo_models.build_vae()
+    vae.load_state_dict(load_weights(shop.encoder))
+    shop.place(vae).requires_grad_(False)
+    parameters = decoder.parameters(vae)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    with planar_norms(vae):
+        weights = shop.fit(parameters, decoder.loss_for(vae, shop.device, shop.dtype), decoder.RECIPE)
+    recipe = asdict(decoder.RECIPE) | {"encoder": asdict(autoencoder.RECIPE)}
+    save_weights(shop.out / config.VAE_FILE, load_weights(shop.encoder) | weights, recipe)
 
 
 def train_image(shop: Workshop) -> None:
@@ -239,7 +257,8 @@ def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tens
 
 
 STAGES = {
-    "autoencoder": (config.VAE_FILE, train_autoencoder),
+    "autoencoder": (None, train_autoencoder),
+    "decoder": (config.VAE_FILE, train_decoder),
     "image": (config.UNET_FILE, train_image),
     "adapter": (config.ADAPTER_FILE, train_adapter),
     "motion": (config.MOTION_FILE, train_motion),
@@ -258,8 +277,9 @@ def main(argv: list[str]) -> int:
     for name, (file, train) in STAGES.items():
         if name not in arguments.stages:
             continue
-        if (shop.out / file).is_file():
-            print(f"{name}: done already, {shop.out / file}")
+        done = shop.out / file if file else shop.encoder
+        if done.is_file():
+            print(f"{name}: done already, {done}")
             continue
         train(shop)
     return 0

@@ -115,6 +115,11 @@ def straight(direction: str, bend: float = 0.0) -> Path:
     return path
 
 
+def standing(time: np.ndarray) -> np.ndarray:
+    """The way of a caption without a direction."""
+    return np.zeros((len(time), 2))
+
+
 def still(words: Words, rng: np.random.Generator, mark: bool = False) -> Scene:
     """One picture for a caption. With a direction in the caption it is composed as photographers do, with room
     ahead of the subject: a frame of a clip, taken early in it more often than late."""
@@ -136,9 +141,10 @@ def clip(
     path: Path | None = None,
 ) -> Scene:
     """The frames of one clip. `zoom` +1 magnifies the view from ZOOM[0] to ZOOM[1] about the field's middle over the
-    clip, -1 the reverse; `path` overrides the straight way."""
+    clip, -1 the reverse; `path` overrides the way the caption says."""
     time = np.arange(frames) / max(frames - 1, 1)
-    offsets = (path or straight(words.direction))(time) * rng.uniform(*TRAVEL)
+    path = path or (straight(words.direction) if words.direction else standing)
+    offsets = path(time) * rng.uniform(*TRAVEL)
     radius = rng.uniform(*MOVING_RADIUS)
     if not zoom:
         start = rng.uniform(*_room(radius, offsets))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
 STEPS = 1000
 BETAS = (0.00085, 0.012)  # first and last, as Stable Diffusion and AnimateDiff have them
@@ -31,6 +30,15 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor) ->
     return kept.sqrt() * latents + (1 - kept).sqrt() * noise
 
 
-def noise_error(predicted: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of the predicted noise, in float32."""
-    return functional.mse_loss(predicted.float(), noise.float())
+def noise_error(predicted: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor | None = None,
+                ceiling: float = 1.0) -> torch.Tensor:  # fmt: skip
+    """Mean squared error of the predicted noise, in float32; each sample weighted by 1 / kept up to `ceiling`, if given.
+
+    With `ceiling` 1 this is the plain loss of Ho et al. (arXiv 2006.11239, eq. 14). Unbounded, it is the error in the
+    velocity of Salimans and Ho (arXiv 2202.00512, appendix D), which gives the noisiest steps, where a caption
+    decides what is drawn, as much to learn as the others. Shapes: (n, c, h, w) twice, (n,).
+    """
+    error = (predicted.float() - noise.float()).square().mean((1, 2, 3))
+    if kept is None:
+        return error.mean()
+    return (error * (1 / kept).clamp(max=ceiling).to(error.device)).mean()

@@ -1,0 +1,167 @@
+"""How well the demo models do what their captions say, read off their pictures and clips by demo/oracle.py.
+
+Everything is made as a graph would make it: the host's text encoding, sampler and decoding, the pack's motion modules,
+MotionLoRAs through the motion module, the domain adapter through the host's LoRA loader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import numpy as np
+import torch
+
+from ..demo import config, oracle
+from ..demo.captions import Words, sentences
+from ..demo.world import FRAMES
+from ..host import demo_models
+from ..host.inflate import MotionSettings, apply_motion
+from ..host.motion import MotionModule, manage, patch_motion_lora
+from ..motion_modules.animatediff.checkpoint import read_motion_module
+from ..motion_modules.animatediff.lora import read_motion_lora
+from ..motion_modules.files import read_weights
+from .side_by_side import device_name, report
+
+FIRST_SEED = 100_000  # no training sample is drawn from a seed like it
+STEPS, CFG, SAMPLER, SCHEDULER = 12, 4.0, "dpmpp_2m", "normal"
+
+
+@dataclass
+class Bench:
+    """The demo models, loaded from one folder."""
+
+    folder: Path
+    unet: Any
+    clip: Any
+    vae: Any
+
+    @classmethod
+    def open(cls, folder: Path) -> Bench:
+        return cls(folder, demo_models.load_unet(folder), demo_models.load_clip(folder), demo_models.load_vae(folder))
+
+    def motion(self, lora: str | None = None) -> MotionModule:
+        path = self.folder / config.MOTION_FILE
+        module = manage(read_motion_module(read_weights(path), path.name), path.name)
+        if lora is None:
+            return module
+        path = self.folder / lora
+        return patch_motion_lora(module, read_motion_lora(read_weights(path), path.name), 1.0)
+
+    def video(self, model: Any = None, lora: str | None = None) -> Any:
+        """The image MODEL with the demo's motion module on it, in its own noise schedule."""
+        module = self.motion(lora)
+        return apply_motion(model or self.unet, module, MotionSettings(schedule=module.spec.variant.schedule))
+
+    def adapted(self) -> Any:
+        """The image MODEL with the domain adapter, through the host's LoRA loader."""
+        lora = comfy.utils.load_torch_file(str(self.folder / config.ADAPTER_FILE), safe_load=True)
+        return comfy.sd.load_lora_for_models(self.unet, None, lora, 1.0, 0.0)[0]
+
+    def sample(self, model: Any, words: Words, seed: int, frames: int) -> list[oracle.Reading]:
+        """Make `frames` pictures of one caption in one batch and read them."""
+        latent = torch.zeros(frames, 4, 16, 16)
+        positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (words.text, ""))
+        noise = comfy.sample.prepare_noise(latent, seed)
+        latent = comfy.sample.sample(
+            model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
+        )
+        self.last = self.vae.decode(latent)
+        return oracle.read(self.last)
+
+
+def captions(split: str, moving: bool, count: int) -> list[Words]:
+    """`count` captions of a split, in an order that mixes its words."""
+    every = sentences(split, moving)
+    order = np.random.default_rng(FIRST_SEED).permutation(len(every))
+    return [every[order[i % len(every)]] for i in range(count)]
+
+
+def images(bench: Bench, split: str, count: int) -> dict[str, float]:
+    """Share of pictures whose shape, colour and ground are the caption's, captions with and without directions."""
+    both = captions(split, False, (count + 1) // 2) + captions(split, True, count // 2)
+    readings = [bench.sample(bench.unet, words, FIRST_SEED + i, 1)[0] for i, words in enumerate(both)]
+    return {"image.caption_right": _share(r.shows(w) for r, w in zip(readings, both, strict=True))}
+
+
+def clips(bench: Bench, model: Any, split: str, count: int) -> list[tuple[Words, list[oracle.Reading]]]:
+    return [
+        (words, bench.sample(model, words, FIRST_SEED + i, FRAMES)) for i, words in enumerate(captions(split, True, count))
+    ]
+
+
+def judge(made: list[tuple[Words, list[oracle.Reading]]]) -> dict[str, float]:
+    """Every frame shows the caption; the shape goes the caption's way; how straight it goes (median R2)."""
+    paths = [oracle.path(readings) for _, readings in made]
+    return {
+        "caption_right": _share(all(r.shows(words) for r in readings) for words, readings in made),
+        "direction_right": _share(path[0] == words.direction for path, (words, _) in zip(paths, made, strict=True)),
+        "path_r2": float(median(path[1] for path in paths)),
+    }
+
+
+def overlay(made: list[tuple[Words, list[oracle.Reading]]]) -> float:
+    """Share of frames that show the mark of the training clips."""
+    return _share(reading.mark for _, readings in made for reading in readings)
+
+
+def measure(bench: Bench, count: int) -> dict[str, float]:
+    figures = {f"toy.{name}": value for name, value in images(bench, "test", count).items()}
+    _say(figures)
+    made = clips(bench, bench.video(), "test", count)
+    figures |= _under("toy.t2v", judge(made)) | {"toy.adapter.overlay_without": overlay(made)}
+    _say(figures)
+    few = max(1, count // 4)
+    figures |= _under("toy.t2v.without_motion", judge(clips(bench, bench.unet, "test", few)))
+    figures["toy.adapter.overlay_with"] = overlay(clips(bench, bench.video(bench.adapted()), "test", few))
+    _say(figures)
+    for name, file, growing in (("zoom_in", config.ZOOM_IN_FILE, True), ("zoom_out", config.ZOOM_OUT_FILE, False)):
+        if (bench.folder / file).is_file():
+            figures |= _under(f"toy.lora.{name}", zoom(bench, file, growing, count))
+            _say(figures)
+    figures |= _under("toy.heldout", images(bench, "heldout", count))
+    figures |= _under("toy.heldout.t2v", judge(clips(bench, bench.video(), "heldout", max(1, count // 2))))
+    return figures
+
+
+def zoom(bench: Bench, file: str, growing: bool, count: int) -> dict[str, float]:
+    made = clips(bench, bench.video(lora=file), "test", count)
+    judged = judge(made)
+    return {
+        "monotonic": _share(oracle.monotonic(readings, growing) for _, readings in made),
+        "caption_right": judged["caption_right"],
+        "direction_right": judged["direction_right"],
+    }
+
+
+def _share(answers: Any) -> float:
+    return float(np.mean([bool(answer) for answer in answers]))
+
+
+def _under(prefix: str, figures: dict[str, float]) -> dict[str, float]:
+    return {f"{prefix}.{name}": value for name, value in figures.items()}
+
+
+def _say(figures: dict[str, float]) -> None:
+    name = list(figures)[-1]
+    print(f"  {time.strftime('%H:%M:%S')}  {len(figures)} figures, last {name} = {figures[name]:.3f}", flush=True)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench toy", description=__doc__)
+    parser.add_argument("--clips", type=int, default=100, help="seeds and captions a figure is taken over")
+    parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments = parser.parse_args(argv)
+    print(f"{arguments.clips} unseen captions and seeds, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
+    with torch.inference_mode():
+        figures = measure(Bench.open(arguments.weights), arguments.clips)
+    report(figures, arguments.json)
+    return 0
