@@ -23,7 +23,7 @@ from front_end import FrontEnd  # noqa: E402
 from host_server import HostServer  # noqa: E402
 
 GAP_X, GAP_Y, BAND_GAP, TITLE, MARGIN = 70, 30, 90, 30, 20
-WIDTH, PROMPT_SIZE, VIDEO_SIZE = 300, (380, 110), (380, 460)
+WIDTH, PROMPT_SIZE, VIDEO_SIZE = 300, (380, 110), (380, 490)
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
@@ -146,7 +146,8 @@ def frames(layout: Layout, boxes: list[dict[str, Any]]) -> list[dict[str, Any]]:
         inside = [by_id[key] for column in band for key in column if key in by_id]
         left, top = (min(box["pos"][axis] for box in inside) for axis in (0, 1))
         right, bottom = (max(box["pos"][axis] + box["size"][axis] for box in inside) for axis in (0, 1))
-        bounding = [left - MARGIN, top - TITLE - 2 * MARGIN, right - left + 2 * MARGIN, bottom - top + TITLE + 3 * MARGIN]
+        width, height = right - left + 2 * MARGIN, bottom - top + TITLE + 3 * MARGIN
+        bounding = [left - MARGIN, top - TITLE - 2 * MARGIN, width, height]
         found.append({"id": number, "title": title, "bounding": bounding, "color": FRAME, "font_size": 24, "flags": {}})
     return found
 

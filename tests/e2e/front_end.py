@@ -21,8 +21,9 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
 }
 DISMISSED = "localStorage.setItem('vueNodesBannerDismissed', 'true')"
-# What the console says on a fresh profile without network, with or without this pack.
-KNOWN_COMPLAINTS = ("/user.css", "/api/userdata", "/favicon.ico", "https://api.comfy.org/")
+# What the console says on a fresh profile without network, with or without this pack. A help page is looked for in
+# the language of the page first (/en.md).
+KNOWN_COMPLAINTS = ("/user.css", "/api/userdata", "/favicon.ico", "https://api.comfy.org/", "/en.md")
 FIRST_START_MS = 300_000  # ten seconds on a machine with nothing else to do
 
 
@@ -88,10 +89,11 @@ class FrontEnd:
             const kinds = ["execution_success", "execution_error", "execution_interrupted"];
             const ended = new Promise((resolve, reject) => {
                 for (const kind of kinds)
-                    app.api.addEventListener(kind, (event) => resolve({type: kind, detail: event.detail}), {once: true});
+                    app.api.addEventListener(kind, ({detail}) => resolve({type: kind, detail}), {once: true});
                 setTimeout(() => reject(new Error("the graph did not finish in time")), patience);
             });
-            if (!(await app.queuePrompt(0, 1)))
+            await app.queuePrompt(0, 1);
+            if (Object.keys(app.lastNodeErrors ?? {}).length)
                 return {type: "refused", detail: app.lastNodeErrors};
             return await ended;
         }"""

@@ -74,7 +74,8 @@ def test_workflow_opens_whole(front_end: FrontEnd, test_results: Path, path: Pat
         assert node["known"] and not node["red"], f"{name} is missing or red"
         assert not node["unlinked"], f"{name} has nothing connected to {node['unlinked']}"
         for widget, choices in node["choices"].items():
-            assert node["widgets"][widget] in choices, f"{name}: {widget} is {node['widgets'][widget]}, not in {choices}"
+            value = node["widgets"][widget]
+            assert value in choices, f"{name}: {widget} is {value}, not one of {choices}"
     assert front_end.evaluate("() => app.graph.groups.length") == len(canvas["groups"])
     assert without_titles(front_end.prompt()) == api_of(path)
 
@@ -98,27 +99,6 @@ def test_templates_are_offered(server: HostServer) -> None:
         url = f"{server.url}/api/workflow_templates/{PACK_NAME}/{path.stem}.jpg"
         with urllib.request.urlopen(url, timeout=30) as answer:
             assert answer.read() == path.with_suffix(".jpg").read_bytes()
-
-
-def test_help_of_every_node_is_shown(front_end: FrontEnd, server: HostServer, test_results: Path) -> None:
-    """The pages are served, and the front end finds them for a selected node."""
-    front_end.open(DEMO)
-    own = sorted(name for name in server.get("/object_info") if name.startswith("LatentMotion"))
-    for name in own:
-        url = f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md"
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            heading = answer.read().decode().splitlines()[0].removeprefix("# ")
-        assert heading == server.get(f"/object_info/{name}")[name]["display_name"]
-    apply = front_end.evaluate("""() => {
-        const node = app.graph.nodes.find((node) => node.type === "LatentMotionApplyMotionModule");
-        app.canvas.selectNode(node);
-        return node.id;
-    }""")
-    assert apply == 3
-    front_end.page.get_by_test_id("info-button").or_(front_end.page.locator("button:has(.icon-\\\\[lucide--info\\\\])")
-                                                     ).first.click()
-    front_end.page.get_by_text("Values per frame").wait_for(timeout=30_000)
-    front_end.screenshot(test_results / "canvas-help.png")
 
 
 def video_file(server: HostServer, item: dict[str, str]) -> Path:
@@ -162,3 +142,19 @@ def test_dropping_the_video_restores_the_graph(
     assert len(front_end.evaluate(NODES)) == len(json.loads(DEMO.read_text())["nodes"])
     with av.open(io.BytesIO(data)) as container:
         assert "workflow" in container.metadata
+
+
+def test_help_of_every_node_is_shown(front_end: FrontEnd, server: HostServer, test_results: Path) -> None:
+    """The pages are served, and the front end finds them for a selected node."""
+    front_end.open(DEMO)
+    own = sorted(name for name in server.get("/object_info") if name.startswith("LatentMotion"))
+    for name in own:
+        url = f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            heading = answer.read().decode().splitlines()[0].removeprefix("# ")
+        assert heading == server.get(f"/object_info/{name}")[name]["display_name"]
+    front_end.evaluate("""() => app.canvas.selectNode(
+        app.graph.nodes.find((node) => node.type === "LatentMotionApplyMotionModule"))""")
+    front_end.page.get_by_test_id("info-button").click()
+    front_end.page.get_by_text("Values per frame").wait_for(timeout=30_000)
+    front_end.screenshot(test_results / "canvas-help.png")
