@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from ..host import paths
-from . import motion
+from ..host import paths, routes
+from . import context, demo, motion
 
 
 class LatentMotionExtension(ComfyExtension):
-    """Registers the pack's nodes and model folders with the host."""
+    """Registers the pack's nodes, model folders and routes with the host."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         paths.register_folders()
+        routes.register_routes()
         return all_nodes()
 
 
 def all_nodes() -> list[type[io.ComfyNode]]:
     """Every node of the pack, in the order of the add-node menu."""
-    return [*motion.NODES]
+    return [*motion.NODES, *context.NODES, *demo.NODES]

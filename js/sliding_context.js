@@ -1,0 +1,45 @@
+// Draws the windows of a Sliding Context node: one row per window, one cell per frame, darker where it counts more.
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { clipLength, queryOf, svgOf } from "./lib/windows_picture.mjs";
+
+const NODE = "LatentMotionSlidingContext";
+
+async function draw(node, element) {
+  const widgets = Object.fromEntries(node.widgets.filter((w) => w.type !== "latentmotion_windows").map((w) => [w.name, w.value]));
+  const frames = clipLength(app.graph.nodes ?? app.graph._nodes, widgets.context_length);
+  const response = await api.fetchApi(`/latentmotion/windows?${queryOf(widgets, frames)}`);
+  const plan = await response.json();
+  element.innerHTML = response.ok ? svgOf(plan) : "";
+  if (!response.ok) element.textContent = plan.error;
+}
+
+app.registerExtension({
+  name: "LatentMotion.SlidingContext",
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE || !node.addDOMWidget) return;
+    const element = document.createElement("div");
+    element.className = "latentmotion-windows";
+    element.style.cssText = "overflow:hidden;font-size:11px;color:var(--input-text);";
+    let pending;
+    const redraw = () => {
+      clearTimeout(pending);
+      pending = setTimeout(() => draw(node, element).catch(() => (element.textContent = "")), 150);
+    };
+    for (const widget of node.widgets) {
+      const before = widget.callback;
+      widget.callback = function (...args) {
+        const result = before?.apply(this, args);
+        redraw();
+        return result;
+      };
+    }
+    node.addDOMWidget("windows", "latentmotion_windows", element, { serialize: false, getMinHeight: () => 90 });
+    const configured = node.onConfigure;
+    node.onConfigure = function (...args) {
+      configured?.apply(this, args);
+      redraw();
+    };
+    redraw();
+  },
+});
