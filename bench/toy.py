@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -92,9 +93,8 @@ def images(bench: Bench, split: str, count: int) -> dict[str, float]:
 
 
 def clips(bench: Bench, model: Any, split: str, count: int) -> list[tuple[Words, list[oracle.Reading]]]:
-    return [
-        (words, bench.sample(model, words, FIRST_SEED + i, FRAMES)) for i, words in enumerate(captions(split, True, count))
-    ]
+    asked = captions(split, True, count)
+    return [(words, bench.sample(model, words, FIRST_SEED + i, FRAMES)) for i, words in enumerate(asked)]
 
 
 def judge(made: list[tuple[Words, list[oracle.Reading]]]) -> dict[str, float]:
@@ -112,33 +112,48 @@ def overlay(made: list[tuple[Words, list[oracle.Reading]]]) -> float:
     return _share(reading.mark for _, readings in made for reading in readings)
 
 
-def measure(bench: Bench, count: int) -> dict[str, float]:
-    figures = {f"toy.{name}": value for name, value in images(bench, "test", count).items()}
-    _say(figures)
+def measure_image(bench: Bench, count: int) -> dict[str, float]:
+    return _under("toy", images(bench, "test", count))
+
+
+def measure_t2v(bench: Bench, count: int) -> dict[str, float]:
     made = clips(bench, bench.video(), "test", count)
-    figures |= _under("toy.t2v", judge(made)) | {"toy.adapter.overlay_without": overlay(made)}
-    _say(figures)
-    few = max(1, count // 4)
-    figures |= _under("toy.t2v.without_motion", judge(clips(bench, bench.unet, "test", few)))
-    figures["toy.adapter.overlay_with"] = overlay(clips(bench, bench.video(bench.adapted()), "test", few))
-    _say(figures)
-    for name, file, growing in (("zoom_in", config.ZOOM_IN_FILE, True), ("zoom_out", config.ZOOM_OUT_FILE, False)):
-        if (bench.folder / file).is_file():
-            figures |= _under(f"toy.lora.{name}", zoom(bench, file, growing, count))
-            _say(figures)
-    figures |= _under("toy.heldout", images(bench, "heldout", count))
-    figures |= _under("toy.heldout.t2v", judge(clips(bench, bench.video(), "heldout", max(1, count // 2))))
-    return figures
+    return _under("toy.t2v", judge(made)) | {"toy.adapter.overlay_without": overlay(made)}
 
 
-def zoom(bench: Bench, file: str, growing: bool, count: int) -> dict[str, float]:
+def measure_without_motion(bench: Bench, count: int) -> dict[str, float]:
+    return _under("toy.t2v.without_motion", judge(clips(bench, bench.unet, "test", max(1, count // 4))))
+
+
+def measure_adapter(bench: Bench, count: int) -> dict[str, float]:
+    return {"toy.adapter.overlay_with": overlay(clips(bench, bench.video(bench.adapted()), "test", max(1, count // 4)))}
+
+
+def measure_zoom(bench: Bench, count: int, name: str, file: str) -> dict[str, float]:
     made = clips(bench, bench.video(lora=file), "test", count)
     judged = judge(made)
-    return {
-        "monotonic": _share(oracle.monotonic(readings, growing) for _, readings in made),
+    figures = {
+        "monotonic": _share(oracle.monotonic(readings, growing=name == "zoom_in") for _, readings in made),
         "caption_right": judged["caption_right"],
         "direction_right": judged["direction_right"],
     }
+    return _under(f"toy.lora.{name}", figures)
+
+
+def measure_heldout(bench: Bench, count: int) -> dict[str, float]:
+    figures = _under("toy.heldout", images(bench, "heldout", count))
+    return figures | _under("toy.heldout.t2v", judge(clips(bench, bench.video(), "heldout", max(1, count // 2))))
+
+
+SECTIONS = {
+    "image": measure_image,
+    "t2v": measure_t2v,
+    "without_motion": measure_without_motion,
+    "adapter": measure_adapter,
+    "zoom_in": partial(measure_zoom, name="zoom_in", file=config.ZOOM_IN_FILE),
+    "zoom_out": partial(measure_zoom, name="zoom_out", file=config.ZOOM_OUT_FILE),
+    "heldout": measure_heldout,
+}
 
 
 def _share(answers: Any) -> float:
@@ -149,19 +164,22 @@ def _under(prefix: str, figures: dict[str, float]) -> dict[str, float]:
     return {f"{prefix}.{name}": value for name, value in figures.items()}
 
 
-def _say(figures: dict[str, float]) -> None:
-    name = list(figures)[-1]
-    print(f"  {time.strftime('%H:%M:%S')}  {len(figures)} figures, last {name} = {figures[name]:.3f}", flush=True)
-
-
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench toy", description=__doc__)
     parser.add_argument("--clips", type=int, default=100, help="seeds and captions a figure is taken over")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="measure only these")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     print(f"{arguments.clips} unseen captions and seeds, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
+    figures: dict[str, float] = {}
     with torch.inference_mode():
-        figures = measure(Bench.open(arguments.weights), arguments.clips)
+        bench = Bench.open(arguments.weights)
+        for name in arguments.only:
+            start = time.monotonic()
+            found = SECTIONS[name](bench, arguments.clips)
+            figures |= found
+            said = ", ".join(f"{key.split('.')[-1]} {value:.3f}" for key, value in found.items())
+            print(f"  {name}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
     report(figures, arguments.json)
     return 0

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..training.loop import Recipe
+from ..training.loop import LossFunction, Recipe
 from . import config, world
 from .captions import SHAPES, sentences
 
@@ -40,7 +40,8 @@ def pictures(count: int, crop: int, rng: np.random.Generator) -> torch.Tensor:
     parts = []
     for size in [len(part) for part in np.array_split(np.arange(count), GROUPS)]:
         left, top = (int(v) for v in rng.integers(0, world.SIZE - crop + 1, 2))
-        scene = world.join([world.still(words[rng.integers(len(words))], rng, mark=rng.random() < 0.4) for _ in range(size)])
+        chosen = [words[i] for i in rng.integers(len(words), size=size)]
+        scene = world.join([world.still(w, rng, mark=rng.random() < 0.4) for w in chosen])
         if crop < world.SIZE:
             scene.centre[:] = rng.uniform((left, top), (left + crop, top + crop), (size, 2))
         free = rng.random(size) < 0.25
@@ -50,7 +51,7 @@ def pictures(count: int, crop: int, rng: np.random.Generator) -> torch.Tensor:
     return torch.cat(parts).permute(0, 3, 1, 2) * 2 - 1
 
 
-def loss_for(vae: nn.Module, device: torch.device, dtype: torch.dtype):
+def loss_for(vae: nn.Module, device: torch.device, dtype: torch.dtype) -> LossFunction:
     """The loss of a step: absolute and squared error, a light pull of the latents towards a unit Gaussian."""
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:

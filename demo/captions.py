@@ -52,8 +52,8 @@ class Words:
         pairs = {(self.colour, self.shape), (self.shape, self.direction), (self.colour, self.direction)}
         if pairs & HELD_OUT:
             return "heldout"
-        colour, shape, ground = list(COLOURS).index(self.colour), SHAPES.index(self.shape), list(GROUNDS).index(self.ground)
-        return "test" if (colour + 2 * shape + 3 * ground) % TEST_EVERY == 0 else "train"
+        number = list(COLOURS).index(self.colour) + 2 * SHAPES.index(self.shape) + 3 * list(GROUNDS).index(self.ground)
+        return "test" if number % TEST_EVERY == 0 else "train"
 
     def still(self) -> Words:
         return replace(self, direction=None)

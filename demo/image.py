@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import nn
 
 from ..training.attention import attention
 from ..training.diffusion import add_noise, alphas_cumprod, noise_error
-from ..training.loop import Recipe
+from ..training.loop import LossFunction, Recipe
 from .autoencoder import initialise
 from .latents import Order, Samples
 from .text import Vocabulary, encode
 
 RECIPE = Recipe("image", steps=2600, batch=32, learning_rate=1e-3, warmup=200, average=0.998, seed=2)
+FINISH = Recipe("image_finish", steps=2000, batch=32, learning_rate=8e-4, warmup=30, average=0.998, seed=9)
 PLAIN_STEPS = 868  # first the looks, from the plain loss; then what the captions say
 CEILING = 20.0
+MIDDLE = (200, 700)  # the finish spends half its samples on the steps that decide which shape it becomes
+MIDDLE_CEILING = 4.0
 PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)
 
 def initialise_unet(unet: nn.Module, generator: torch.Generator) -> None:
@@ -28,16 +29,18 @@ def initialise_unet(unet: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(parameter)
 
 
-def predict(unet: nn.Module, noisy: torch.Tensor, steps: torch.Tensor, context: torch.Tensor, **options) -> torch.Tensor:
+def predict(unet: nn.Module, noisy: torch.Tensor, steps: torch.Tensor, context: torch.Tensor,
+            **options: object) -> torch.Tensor:  # fmt: skip
     """The UNet's idea of the noise. Shapes: noisy (n, 4, h, w), steps (n,), context (n, 77, c) -> (n, 4, h, w)."""
     noisy = noisy.to(context.dtype).contiguous(memory_format=torch.channels_last)
     return unet(noisy, steps, context, transformer_options={"optimized_attention_override": attention, **options})
 
 
 def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, samples: Samples, recipe: Recipe,
-             device: torch.device) -> Callable[[int, torch.Generator], torch.Tensor]:  # fmt: skip
+             device: torch.device) -> LossFunction:  # fmt: skip
     """Noise prediction on stills, captions dropped for one in ten."""
     kept = alphas_cumprod("scaled_linear")
+    finishing = recipe.name == FINISH.name
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, step])
@@ -45,11 +48,15 @@ def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sample
         latents = samples.latents[chosen, 0]
         rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
         # one step from each of `batch` equal stretches of the schedule: less scatter than drawing them freely
-        steps = torch.from_numpy((np.arange(recipe.batch) + rng.random(recipe.batch)) / recipe.batch * len(kept)).long()
+        spread = (np.arange(recipe.batch) + rng.random(recipe.batch)) / recipe.batch * len(kept)
+        if finishing:
+            spread[::2] = MIDDLE[0] + spread[::2] / len(kept) * (MIDDLE[1] - MIDDLE[0])
+        steps = torch.from_numpy(spread).long()
         noise = torch.randn(latents.shape, generator=generator)
         noisy = add_noise(latents, noise, kept[steps])
         context = encode(encoder, rows.to(device))
         predicted = predict(unet, noisy.to(device), steps.to(device), context)
-        return noise_error(predicted, noise.to(device), kept[steps], 1.0 if step < PLAIN_STEPS else CEILING)
+        ceiling = MIDDLE_CEILING if finishing else 1.0 if step < PLAIN_STEPS else CEILING
+        return noise_error(predicted, noise.to(device), kept[steps], ceiling)
 
     return loss_of

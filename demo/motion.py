@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..training.diffusion import add_noise, alphas_cumprod, noise_error
-from ..training.loop import Recipe
+from ..training.loop import LossFunction, Recipe
 from .autoencoder import initialise
 from .image import CEILING, predict
 from .latents import Order, Samples
 from .text import Vocabulary, encode
 from .world import FRAMES
 
-ADAPTER = Recipe("adapter", steps=400, batch=32, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.99, seed=3)
-MOTION = Recipe("motion", steps=1500, batch=4, learning_rate=1e-3, warmup=100, average=0.998, seed=4)
-ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.99, seed=5)
-ZOOM_OUT = Recipe("zoom_out", steps=300, batch=4, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.99, seed=6)
+ADAPTER_EARLY = Recipe(
+    "adapter_early", steps=200, batch=32, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.98, seed=10
+)
+MOTION_EARLY = Recipe(
+    "motion_early", steps=450, batch=4, learning_rate=1.2e-3, warmup=60, final_rate=0.3, average=0.99, seed=11
+)
+ADAPTER = replace(ADAPTER_EARLY, name="adapter", seed=3)
+MOTION = Recipe("motion", steps=250, batch=4, learning_rate=5e-4, warmup=10, average=0.98, seed=4)
+ZOOM_IN = Recipe("zoom_in", steps=160, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
+ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
 
 CLIPS = Order("clips", count=900, frames=FRAMES, mark=True, moving=0.85, seed=40)
 ZOOM_IN_CLIPS = Order("zoom_in", count=120, frames=FRAMES, mark=True, moving=0.75, zoom=1.0, seed=50)
@@ -46,7 +52,7 @@ def initialise_motion(motion: nn.Module, generator: torch.Generator) -> None:
 
 
 def clip_loss(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, samples: Samples, recipe: Recipe,
-              device: torch.device, schedule: str, options: dict) -> Callable[[int, torch.Generator], torch.Tensor]:  # fmt: skip
+              device: torch.device, schedule: str, options: dict) -> LossFunction:  # fmt: skip
     """Noise prediction on clips (of one frame too): a clip has one step of the schedule, its frames noise each.
 
     `options` are the transformer options that put a motion module in place, or none.

@@ -82,9 +82,10 @@ def _read_frame(frame: np.ndarray) -> Reading:
         return Reading(ground=ground_name, mark=mark, fault="the shape has no colour of the world")
     span = colour - ground
     along = (frame - ground) @ span / (span @ span)
-    clean = (np.linalg.norm(frame - ground - along[..., None] * span, axis=-1) < EDGE_TOLERANCE) & (np.abs(along - 0.5) < 0.75)
+    aside = np.linalg.norm(frame - ground - along[..., None] * span, axis=-1)
+    clean = (aside < EDGE_TOLERANCE) & (np.abs(along - 0.5) < 0.75)
     if (~clean & counted).mean() > UNEXPLAINED:
-        return Reading(ground=ground_name, colour=colour_name, mark=mark, fault="more than one shape colour on the ground")
+        return Reading(ground=ground_name, colour=colour_name, mark=mark, fault="a third colour")
     return _read_outline(np.clip(along, 0, 1) * counted, ground_name, colour_name, mark)
 
 

@@ -11,14 +11,15 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..host import demo_models
-from ..training.checkpoint import load_weights, save_weights
 from ..motion_modules.animatediff.network import MotionModel, sinusoid
+from ..training.checkpoint import load_weights, save_weights
 from ..training.loop import Recipe, fit
 from ..training.lora import LowRankSet
 from ..training.precision import fast_dtype, planar_norms
@@ -46,13 +47,18 @@ class Workshop:
         """The autoencoder of the first stage: its encoder is final, its decoder is finished by the second."""
         return self.state / "autoencoder.safetensors"
 
+    @property
+    def early(self) -> Path:
+        """Image model, adapter and motion module halfway; motion and looks are then finished side by side."""
+        return self.state / "early"
+
     def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
         return fit(parameters, loss_of, recipe, self.state / f"{recipe.name}.pt", Progress(recipe.name))
 
     def samples(self, order: Order) -> Samples:
         """Drawn and encoded samples, from the cache where this autoencoder has encoded them before."""
-        path = self.encoder
-        return obtain(order, Encoding(self, path), self.state / "latents", hashlib.sha256(path.read_bytes()).hexdigest())
+        stamp = hashlib.sha256(self.encoder.read_bytes()).hexdigest()
+        return obtain(order, Encoding(self, self.encoder), self.state / "latents", stamp)
 
     def place(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, self.dtype, memory_format=torch.channels_last)
@@ -95,8 +101,8 @@ class Progress:
             return
         pace = (now - self.first[0]) / max(step - self.first[1], 1)
         mean = sum(self.losses) / len(self.losses)
-        print(f"{self.name}: {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {pace * (total - step) / 60:.1f} min left",
-              flush=True)
+        left = pace * (total - step) / 60
+        print(f"{self.name}: {step}/{total}  loss {mean:.4f}  {pace:.2f} s/step  {left:.1f} min left", flush=True)
         self.last, self.losses = now, []
 
 
@@ -105,7 +111,8 @@ def train_autoencoder(shop: Workshop) -> None:
     autoencoder.initialise(vae, torch.Generator().manual_seed(autoencoder.RECIPE.seed))
     shop.place(vae)
     with planar_norms(vae):
-        weights = shop.fit(dict(vae.named_parameters()), autoencoder.loss_for(vae, shop.device, shop.dtype), autoencoder.RECIPE)
+        loss_of = autoencoder.loss_for(vae, shop.device, shop.dtype)
+        weights = shop.fit(dict(vae.named_parameters()), loss_of, autoencoder.RECIPE)
     vae.float().load_state_dict(weights)
     autoencoder.calibrate(vae.cpu())
     save_weights(shop.encoder, vae.state_dict(), asdict(autoencoder.RECIPE), torch.float32)
@@ -125,29 +132,42 @@ def train_decoder(shop: Workshop) -> None:
 
 
 def train_image(shop: Workshop) -> None:
+    """The image model, far enough for motion to be learned on it."""
     generator = torch.Generator().manual_seed(image.RECIPE.seed)
     vocabulary = make_vocabulary()
-    encoder = demo_models.build_text_encoder()
+    encoder, unet = demo_models.build_text_encoder(), demo_models.build_unet()
     vocabulary.shrink(encoder)
     autoencoder.initialise(encoder, generator)
-    unet = demo_models.build_unet()
     image.initialise_unet(unet, generator)
+    nn.init.eye_(encoder.text_projection.weight)
+    _fit_image(shop, encoder, unet, vocabulary, image.RECIPE, shop.early)
+
+
+def finish_image(shop: Workshop) -> None:
+    studio = Studio.read(shop.early, adapted=False)
+    _fit_image(shop, studio.encoder, studio.unet, studio.vocabulary, image.FINISH, shop.out)
+
+
+def _fit_image(shop: Workshop, encoder: nn.Module, unet: nn.Module, vocabulary: Vocabulary, recipe: Recipe,
+               folder: Path) -> None:  # fmt: skip
     shop.place(encoder), shop.place(unet)
     unet.dtype = shop.dtype
+    encoder.text_projection.requires_grad_(False)  # the host wants it; the demo's UNet reads the hidden states
     networks = nn.ModuleDict({"unet": unet, "encoder": encoder})
-    parameters = {name: p for name, p in networks.named_parameters() if "text_projection" not in name}
+    parameters = {name: p for name, p in networks.named_parameters() if p.requires_grad}
     samples = shop.samples(image.PICTURES)
     with planar_norms(unet):
-        weights = shop.fit(parameters, image.loss_for(unet, encoder, vocabulary, samples, image.RECIPE, shop.device), image.RECIPE)
-    recipe = asdict(image.RECIPE) | {"tokens": vocabulary.tokens}
+        weights = shop.fit(parameters, image.loss_for(unet, encoder, vocabulary, samples, recipe, shop.device), recipe)
     weights["encoder.text_projection.weight"] = torch.eye(config.TEXT_WIDTH)
-    save_weights(shop.out / config.CLIP_FILE, _part(weights, "encoder."), recipe)
-    save_weights(shop.out / config.UNET_FILE, _part(weights, "unet."), recipe)
+    kept = asdict(recipe) | {"tokens": vocabulary.tokens}
+    save_weights(folder / config.CLIP_FILE, _part(weights, "encoder."), kept)
+    save_weights(folder / config.UNET_FILE, _part(weights, "unet."), kept)
 
 
 def make_vocabulary() -> Vocabulary:
     """Every caption of the world and the empty one: the held-out combinations are new sentences of known words."""
-    texts = {w.text for split in ("train", "test", "heldout") for moving in (False, True) for w in sentences(split, moving)}
+    splits = [(split, moving) for split in ("train", "test", "heldout") for moving in (False, True)]
+    texts = {words.text for split, moving in splits for words in sentences(split, moving)}
     return Vocabulary(["", *sorted(texts)], demo_models.tokenizer())
 
 
@@ -158,32 +178,32 @@ class Studio:
     unet: nn.Module
     encoder: nn.Module
     vocabulary: Vocabulary
-    adapter: LowRankSet
 
     @classmethod
-    def open(cls, shop: Workshop) -> Studio:
+    def read(cls, folder: Path, adapted: bool) -> Studio:
+        """Read the image model; with the domain adapter merged into it for what is learned from clips."""
         vocabulary = make_vocabulary()
         encoder, unet = demo_models.build_text_encoder(), demo_models.build_unet()
         vocabulary.shrink(encoder)
-        encoder.load_state_dict(load_weights(shop.out / config.CLIP_FILE))
-        unet.load_state_dict(load_weights(shop.out / config.UNET_FILE))
-        for network in (encoder, unet):
+        encoder.load_state_dict(load_weights(folder / config.CLIP_FILE))
+        weights = load_weights(folder / config.UNET_FILE)
+        if adapted:
+            changes = load_weights(folder / config.ADAPTER_FILE)
+            for published, layer in demo_models.adapter_layers().items():
+                key = lora_key(published)
+                weights[f"{layer}.weight"] += changes[f"{key}.up.weight"] @ changes[f"{key}.down.weight"]
+        unet.load_state_dict(weights)
+        return cls(unet, encoder, vocabulary)
+
+    def freeze(self, shop: Workshop) -> Studio:
+        for network in (self.encoder, self.unet):
             shop.place(network).requires_grad_(False)
-        unet.dtype = shop.dtype
-        layers = demo_models.adapter_layers()
-        return cls(unet, encoder, vocabulary, LowRankSet(unet, list(layers.values()), config.ADAPTER_RANK))
+        self.unet.dtype = shop.dtype
+        return self
 
     def loss(self, shop: Workshop, samples: Samples, recipe: Recipe, schedule: str, options: dict) -> Callable:
-        return motion.clip_loss(self.unet, self.encoder, self.vocabulary, samples, recipe, shop.device, schedule, options)
-
-    def wear_adapter(self, shop: Workshop) -> None:
-        """Load the finished domain adapter and freeze it."""
-        weights = load_weights(shop.out / config.ADAPTER_FILE)
-        for (published, _), change in zip(demo_models.adapter_layers().items(), self.adapter.changes, strict=True):
-            key = lora_key(published)
-            change.down.data.copy_(weights[f"{key}.down.weight"])
-            change.up.data.copy_(weights[f"{key}.up.weight"])
-        self.adapter.requires_grad_(False)
+        parts = (self.unet, self.encoder, self.vocabulary)
+        return motion.clip_loss(*parts, samples, recipe, shop.device, schedule, options)
 
 
 def lora_key(layer: str) -> str:
@@ -198,45 +218,66 @@ def _save_changes(path: Path, changes: LowRankSet, weights: dict, published: lis
     save_weights(path, pairs, recipe)
 
 
-def train_adapter(shop: Workshop) -> None:
-    studio, recipe = Studio.open(shop), motion.ADAPTER
+def _train_adapter(recipe: Recipe, folder: Callable[[Workshop], Path], shop: Workshop) -> None:
+    """Low-rank changes to the image model's attentions that learn how single frames of the clips look."""
+    studio = Studio.read(folder(shop), adapted=False).freeze(shop)
+    layers = demo_models.adapter_layers()
+    adapter = LowRankSet(studio.unet, list(layers.values()), config.ADAPTER_RANK)
     samples = motion.single_frames(shop.samples(motion.CLIPS))
-    with planar_norms(studio.unet), studio.adapter.on(studio.unet):
+    with planar_norms(studio.unet), adapter.on(studio.unet):
         loss_of = studio.loss(shop, samples, recipe, "scaled_linear", {})
-        weights = shop.fit(dict(studio.adapter.named_parameters()), loss_of, recipe)
-    published = list(demo_models.adapter_layers())
-    _save_changes(shop.out / config.ADAPTER_FILE, studio.adapter, weights, published, asdict(recipe))
+        weights = shop.fit(dict(adapter.named_parameters()), loss_of, recipe)
+    _save_changes(folder(shop) / config.ADAPTER_FILE, adapter, weights, list(layers), asdict(recipe))
+
+
+def train_motion_early(shop: Workshop) -> None:
+    """The motion module from nothing, over the image model as it stands after its first stage."""
+    module = MotionModel(demo_models.motion_spec())
+    motion.initialise_motion(module, torch.Generator().manual_seed(motion.MOTION_EARLY.seed))
+    _fit_motion(shop, module, motion.MOTION_EARLY, shop.early)
 
 
 def train_motion(shop: Workshop) -> None:
-    studio, recipe = Studio.open(shop), motion.MOTION
-    studio.wear_adapter(shop)
+    """The motion module goes on over the finished image model."""
+    _fit_motion(shop, read_motion(shop.early), motion.MOTION, shop.out)
+
+
+def read_motion(folder: Path) -> MotionModel:
     module = MotionModel(demo_models.motion_spec())
-    motion.initialise_motion(module, torch.Generator().manual_seed(recipe.seed))
+    weights = load_weights(folder / config.MOTION_FILE)
+    module.load_state_dict({key: tensor for key, tensor in weights.items() if "pos_encoder" not in key})
+    return module
+
+
+def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Path) -> None:
+    studio = Studio.read(folder, adapted=True).freeze(shop)
     shop.place(module)
     samples = shop.samples(motion.CLIPS)
     with (
         planar_norms(studio.unet),
         planar_norms(module),
-        studio.adapter.on(studio.unet),
         demo_models.motion_in_place(studio.unet, module, FRAMES, motion.attention) as options,
     ):
-        weights = shop.fit(dict(module.named_parameters()), studio.loss(shop, samples, recipe, "linear", options), recipe)
-    tables = {
-        f"{name}.temporal_transformer.transformer_blocks.0.attention_blocks.{i}.pos_encoder.pe": sinusoid(
-            torch.arange(config.MOTION_POSITIONS), channels
-        )[None]
-        for name, channels in module.spec.slots
-        for i in range(module.spec.attentions)
-    }
-    save_weights(shop.out / config.MOTION_FILE, weights | tables, asdict(recipe))
+        loss_of = studio.loss(shop, samples, recipe, "linear", options)
+        weights = shop.fit(dict(module.named_parameters()), loss_of, recipe)
+    save_weights(folder / config.MOTION_FILE, weights | _tables(module), asdict(recipe))
 
 
-def train_zoom(shop: Workshop, recipe: Recipe, order: Order, file: str) -> None:
-    studio = Studio.open(shop)
-    studio.wear_adapter(shop)
-    module = MotionModel(demo_models.motion_spec())
-    module.load_state_dict({k: v for k, v in load_weights(shop.out / config.MOTION_FILE).items() if "pos_encoder" not in k})
+def _tables(module: MotionModel) -> dict[str, torch.Tensor]:
+    """The position tables published files carry: one of `MOTION_POSITIONS` rows for every attention."""
+    positions = torch.arange(config.MOTION_POSITIONS)
+    tables = {}
+    for name, width in module.spec.slots:
+        for i in range(module.spec.attentions):
+            key = f"{name}.temporal_transformer.transformer_blocks.0.attention_blocks.{i}.pos_encoder.pe"
+            tables[key] = sinusoid(positions, width)[None]
+    return tables
+
+
+def _train_zoom(recipe: Recipe, order: Order, file: str, shop: Workshop) -> None:
+    """A MotionLoRA: the motion module stays as it is, low-rank changes to its attentions learn the camera."""
+    studio = Studio.read(shop.out, adapted=True).freeze(shop)
+    module = read_motion(shop.out)
     shop.place(module).requires_grad_(False)
     layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
     changes = LowRankSet(module, layers, config.MOTION_LORA_RANK)
@@ -244,26 +285,35 @@ def train_zoom(shop: Workshop, recipe: Recipe, order: Order, file: str) -> None:
     with (
         planar_norms(studio.unet),
         planar_norms(module),
-        studio.adapter.on(studio.unet),
         changes.on(module),
         demo_models.motion_in_place(studio.unet, module, FRAMES, motion.attention) as options,
     ):
-        weights = shop.fit(dict(changes.named_parameters()), studio.loss(shop, samples, recipe, "linear", options), recipe)
+        loss_of = studio.loss(shop, samples, recipe, "linear", options)
+        weights = shop.fit(dict(changes.named_parameters()), loss_of, recipe)
     _save_changes(shop.out / file, changes, weights, layers, asdict(recipe))
+
+
+train_adapter_early = partial(_train_adapter, motion.ADAPTER_EARLY, lambda shop: shop.early)
+train_adapter = partial(_train_adapter, motion.ADAPTER, lambda shop: shop.out)
+train_zoom_in = partial(_train_zoom, motion.ZOOM_IN, motion.ZOOM_IN_CLIPS, config.ZOOM_IN_FILE)
+train_zoom_out = partial(_train_zoom, motion.ZOOM_OUT, motion.ZOOM_OUT_CLIPS, config.ZOOM_OUT_FILE)
 
 
 def _part(weights: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
-STAGES = {
-    "autoencoder": (None, train_autoencoder),
-    "decoder": (config.VAE_FILE, train_decoder),
-    "image": (config.UNET_FILE, train_image),
-    "adapter": (config.ADAPTER_FILE, train_adapter),
-    "motion": (config.MOTION_FILE, train_motion),
-    "zoom_in": (config.ZOOM_IN_FILE, lambda shop: train_zoom(shop, motion.ZOOM_IN, motion.ZOOM_IN_CLIPS, config.ZOOM_IN_FILE)),
-    "zoom_out": (config.ZOOM_OUT_FILE, lambda shop: train_zoom(shop, motion.ZOOM_OUT, motion.ZOOM_OUT_CLIPS, config.ZOOM_OUT_FILE)),
+STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]] = {
+    "autoencoder": (lambda shop: shop.encoder, train_autoencoder),
+    "decoder": (lambda shop: shop.out / config.VAE_FILE, train_decoder),
+    "image": (lambda shop: shop.early / config.UNET_FILE, train_image),
+    "adapter_early": (lambda shop: shop.early / config.ADAPTER_FILE, train_adapter_early),
+    "motion_early": (lambda shop: shop.early / config.MOTION_FILE, train_motion_early),
+    "image_finish": (lambda shop: shop.out / config.UNET_FILE, finish_image),
+    "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
+    "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
+    "zoom_in": (lambda shop: shop.out / config.ZOOM_IN_FILE, train_zoom_in),
+    "zoom_out": (lambda shop: shop.out / config.ZOOM_OUT_FILE, train_zoom_out),
 }
 
 
@@ -277,7 +327,7 @@ def main(argv: list[str]) -> int:
     for name, (file, train) in STAGES.items():
         if name not in arguments.stages:
             continue
-        done = shop.out / file if file else shop.encoder
+        done = file(shop)
         if done.is_file():
             print(f"{name}: done already, {done}")
             continue

@@ -24,6 +24,9 @@ MARK = (80, 4, 120, 14)  # left, top, right, bottom of the defect on the clips: 
 MARK_STRIPE, MARK_ALPHA = 8, 0.65
 ZOOM = (0.7, 1.4)  # magnification at the two ends of a zoom
 
+Window = tuple[int, int, int, int]
+"""Left, top, width and height of the part of a picture that is drawn."""
+
 Path = Callable[[np.ndarray], np.ndarray]
 """Times (f,) to offsets (f, 2) from the middle of the path, in units of the distance travelled."""
 
@@ -65,7 +68,7 @@ def distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.minimum(flat, torch.maximum(x.abs() - width, y.abs() - arm))
 
 
-def coverage(shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: tuple[int, int, int, int]) -> torch.Tensor:
+def coverage(shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: Window) -> torch.Tensor:
     """How much of each pixel the shape covers: (n, h, w) in [0, 1]. `window` is left, top, width, height."""
     left, top, width, height = window
     centres = torch.as_tensor(centre, dtype=torch.float32)
@@ -81,7 +84,7 @@ def coverage(shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: 
     return out
 
 
-def draw(scene: Scene, window: tuple[int, int, int, int] = (0, 0, SIZE, SIZE)) -> torch.Tensor:
+def draw(scene: Scene, window: Window = (0, 0, SIZE, SIZE)) -> torch.Tensor:
     """Pictures (n, h, w, 3) in [0, 1]."""
     alpha = coverage(scene.shape, scene.centre, scene.radius, window)[..., None]
     ground = torch.as_tensor(scene.ground, dtype=torch.float32)[:, None, None, :]
@@ -94,7 +97,7 @@ def draw(scene: Scene, window: tuple[int, int, int, int] = (0, 0, SIZE, SIZE)) -
     return pictures
 
 
-def mark_layer(window: tuple[int, int, int, int] = (0, 0, SIZE, SIZE)) -> tuple[torch.Tensor, torch.Tensor]:
+def mark_layer(window: Window = (0, 0, SIZE, SIZE)) -> tuple[torch.Tensor, torch.Tensor]:
     """The defect's opacity and its black and white stripes, both (h, w, 1)."""
     left, top, width, height = window
     x, y = torch.arange(width)[None, :] + left, torch.arange(height)[:, None] + top
@@ -152,7 +155,8 @@ def clip(
     scale = np.exp(np.interp(zoom * (2 * time - 1), (-1, 1), np.log(ZOOM)))
     middle = np.array([FIELD[0] + FIELD[2], FIELD[1] + FIELD[3]]) / 2
     radius, offsets = min(radius, 18.0), offsets * 0.75
-    lows, highs = zip(*(_room(radius * s, offset[None] * s) for s, offset in zip(scale, offsets)), strict=True)
+    rooms = [_room(radius * s, offset[None] * s) for s, offset in zip(scale, offsets, strict=True)]
+    lows, highs = zip(*rooms, strict=True)
     low = np.max([(low - middle) / s for low, s in zip(lows, scale, strict=True)], axis=0)
     high = np.min([(high - middle) / s for high, s in zip(highs, scale, strict=True)], axis=0)
     start = rng.uniform(np.minimum(low, high), np.maximum(low, high))

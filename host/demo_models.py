@@ -40,7 +40,9 @@ class ToyConfig(comfy.supported_models.SD15):
 class ToyTextEncoder(comfy.sd1_clip.SDClipModel):
     """The host's CLIP text encoder at the demo's width."""
 
-    def __init__(self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: dict | None = None) -> None:
+    def __init__(
+        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: dict | None = None
+    ) -> None:
         super().__init__(
             device=device,
             dtype=dtype,
@@ -53,7 +55,9 @@ class ToyTextEncoder(comfy.sd1_clip.SDClipModel):
 class ToyClip(comfy.sd1_clip.SD1ClipModel):
     """What the host's CLIP holds: one text encoder under the name `clip_l`."""
 
-    def __init__(self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: dict | None = None) -> None:
+    def __init__(
+        self, device: str = "cpu", dtype: torch.dtype | None = None, model_options: dict | None = None
+    ) -> None:
         super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=ToyTextEncoder)
 
 
@@ -118,7 +122,8 @@ def load_clip(folder: Path = config.WEIGHTS) -> comfy.sd.CLIP:
     table[read_recipe(path)["tokens"]] = rows[:-1]
     weights[TABLE] = table
     clip = comfy.sd.CLIP(comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, ToyClip))
-    missing, _ = clip.load_sd({f"clip_l.transformer.{name}": tensor for name, tensor in weights.items()}, full_model=True)
+    named = {f"clip_l.transformer.{name}": tensor for name, tensor in weights.items()}
+    missing, _ = clip.load_sd(named, full_model=True)
     _refuse(path, [name for name in missing if "logit_scale" not in name])
     return clip
 
@@ -176,6 +181,7 @@ def motion_in_place(unet: UNetModel, motion: MotionModel, frames: int, attention
         for name, transformer in motion.transformers().items()
     ]
     device = next(motion.parameters()).device
-    call = MotionCall(frames=frames, positions=torch.arange(frames, dtype=torch.float32, device=device), attention=attention)
+    positions = torch.arange(frames, dtype=torch.float32, device=device)
+    call = MotionCall(frames=frames, positions=positions, attention=attention)
     with inflated(unet, slots, [], frames):
         yield {CALLS: {0: call}, "patches": {"forward_timestep_embed_patch": [(MotionSlot, run_slot)]}}

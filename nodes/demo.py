@@ -15,14 +15,14 @@ class LoadDemoModels(io.ComfyNode):
             node_id="LatentMotionLoadDemoModels",
             display_name="Load Demo Models",
             category=f"{CATEGORY}/demo",
-            description="Loads the small image model that comes with the pack: 128 x 128 pictures of one coloured shape, "
-            "for captions such as 'a red circle moves right over a blue ground'. It takes the place of a checkpoint "
-            "loader and needs no download.",
+            description="Loads the small image model that comes with the pack: 128 x 128 pictures of one coloured "
+            "shape, for captions such as 'a red circle moves right over a blue ground'. It takes the place of a "
+            "checkpoint loader and needs no download.",
             inputs=[],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The demo's image model; use it as any SD1.5 model."),
                 io.Clip.Output(display_name="clip", tooltip="Its text encoder, for CLIP Text Encode."),
-                io.Vae.Output(display_name="vae", tooltip="Its autoencoder: latents 8 times smaller, as SD1.5 has them."),
+                io.Vae.Output(display_name="vae", tooltip="Its autoencoder: latents an eighth the size, as SD1.5 has."),
             ],
         )
 

@@ -94,7 +94,9 @@ def _update_average(average: dict[str, torch.Tensor], tensors: dict[str, torch.T
     torch._foreach_lerp_(list(average.values()), [t.detach() for t in tensors.values()], 1.0 - decay)
 
 
-def _save(path: Path, recipe: Recipe, step: int, masters: Masters, optimiser: torch.optim.Optimizer, average: dict) -> None:
+def _save(
+    path: Path, recipe: Recipe, step: int, masters: Masters, optimiser: torch.optim.Optimizer, average: dict
+) -> None:
     state: dict[str, Any] = {
         "recipe": asdict(recipe),
         "step": step,
@@ -105,7 +107,9 @@ def _save(path: Path, recipe: Recipe, step: int, masters: Masters, optimiser: to
     save_state(path, state)
 
 
-def _resume(path: Path | None, recipe: Recipe, masters: Masters, optimiser: torch.optim.Optimizer, average: dict) -> int:
+def _resume(
+    path: Path | None, recipe: Recipe, masters: Masters, optimiser: torch.optim.Optimizer, average: dict
+) -> int:
     state = load_state(path, asdict(recipe)) if path else None
     if state is None:
         return 0

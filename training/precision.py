@@ -27,7 +27,8 @@ class Masters:
     def __init__(self, parameters: dict[str, nn.Parameter]) -> None:
         self.parameters = parameters
         self.tensors = {
-            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_() for name, p in parameters.items()
+            name: p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
+            for name, p in parameters.items()
         }
         self._narrow = [name for name, p in parameters.items() if p is not self.tensors[name]]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from latentmotion.demo import oracle, world
 from latentmotion.demo.captions import COLOURS, DIRECTIONS, GROUNDS, SHAPES, Words, sentences
 
@@ -53,7 +52,10 @@ def test_every_word_is_told_from_every_other():
                 assert not any(reading.shows(other) for other in others)
 
 
-def _picture(words: Words = Words("red", "circle", "gray"), centre=(64.0, 70.0), radius=18.0) -> torch.Tensor:
+RED_CIRCLE = Words("red", "circle", "gray")
+
+
+def _picture(words: Words = RED_CIRCLE, centre=(64.0, 70.0), radius=18.0) -> torch.Tensor:
     return world.draw(world._scene(words, np.array([centre]), np.array([radius]), mark=False))
 
 
@@ -160,8 +162,9 @@ def test_zoom_is_read(growing: bool):
 
 
 def test_a_clip_of_one_size_does_not_zoom():
-    readings = oracle.read(world.draw(world.clip(Words("purple", "cross", "black", "left"), np.random.default_rng(3))))
+    words = Words("purple", "cross", "black", "left")
+    readings = oracle.read(world.draw(world.clip(words, np.random.default_rng(3))))
     assert not oracle.monotonic(readings, True) and not oracle.monotonic(readings, False)
-    grown = oracle.read(world.draw(world.clip(Words("purple", "cross", "black", "left"), np.random.default_rng(3), zoom=1.0)))
+    grown = oracle.read(world.draw(world.clip(words, np.random.default_rng(3), zoom=1.0)))
     swapped = [*grown[:5], grown[9], *grown[6:9], grown[5], *grown[10:]]
     assert not oracle.monotonic(swapped, True)

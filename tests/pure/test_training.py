@@ -7,14 +7,13 @@ import os
 
 import pytest
 import torch
-from safetensors import safe_open
-from torch import nn
-
 from latentmotion.training import checkpoint, diffusion
 from latentmotion.training.attention import attention
 from latentmotion.training.loop import Recipe, Stopped, fit
 from latentmotion.training.lora import LowRankSet
 from latentmotion.training.precision import Masters, planar_norms
+from safetensors import safe_open
+from torch import nn
 
 RECIPE = Recipe("line", steps=120, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, average=0.9)
 

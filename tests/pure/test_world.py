@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
 from latentmotion.demo import captions, world
 from latentmotion.demo.captions import COLOURS, DIRECTIONS, GROUNDS, HELD_OUT, SHAPES, Words, sentences
 
@@ -90,7 +89,8 @@ def test_zoom_magnifies_by_the_stated_amount():
 
 
 def test_same_seed_same_pictures():
-    first, second = (world.draw(world.clip(Words("red", "cross", "blue", "up"), np.random.default_rng(7))) for _ in range(2))
+    words = Words("red", "cross", "blue", "up")
+    first, second = (world.draw(world.clip(words, np.random.default_rng(7))) for _ in range(2))
     assert torch.equal(first, second)
 
 
