@@ -21,9 +21,9 @@ SETTINGS = {
     "Comfy.Graph.CanvasInfo": False,
 }
 DISMISSED = "localStorage.setItem('vueNodesBannerDismissed', 'true')"
-# What the console says on a fresh profile without network, with or without this pack. A help page is looked for in
-# the language of the page first (/en.md).
-KNOWN_COMPLAINTS = ("/user.css", "/api/userdata", "/favicon.ico", "https://api.comfy.org/", "/en.md")
+# What the console says on a fresh profile without network, with or without this pack: the host looks for models of
+# its default graph, and for a help page in the language of the page first (/en.md).
+KNOWN_COMPLAINTS = ("/user.css", "/api/userdata", "/favicon.ico", "//api.comfy.org/", "//huggingface.co/", "/en.md")
 FIRST_START_MS = 300_000  # ten seconds on a machine with nothing else to do
 
 
