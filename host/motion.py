@@ -43,7 +43,7 @@ def manage(file: MotionFile, name: str) -> MotionModule:
     """Build the network and hand it to the host's model management."""
     tensors = list(file.weights.values())
     device = comfy.model_management.get_torch_device()
-    dtype = tensors[0].dtype
+    dtype = max((tensor.dtype for tensor in tensors), key=lambda kind: kind.itemsize)  # files may mix fp8 and wider
     if dtype not in FLOAT8:
         count = sum(t.numel() for t in tensors)
         dtype = comfy.model_management.unet_dtype(device=device, model_params=count, weight_dtype=dtype)

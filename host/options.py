@@ -26,13 +26,17 @@ FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 
 
-def known_file(folder: str, name: str) -> bool | str:
-    """True, or the sentence for a workflow that names a file the user lacks."""
-    return True if name in paths.list_files(folder) else paths.missing_file(folder, name)
+def known_file(folder: str, name: str | None) -> bool | str:
+    """True, or the sentence for a workflow that names a file the user lacks; None (linked) is not known yet."""
+    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name)
 
 
-def known_range(start: float, end: float) -> bool | str:
-    """True, or the sentence for a part of the sampling run that is empty or out of bounds."""
+def known_range(start: float | None, end: float | None) -> bool | str:
+    """True, or the sentence for a part of the sampling run that is empty or out of bounds.
+
+    None stands for a number that comes over a link and is not known before the run.
+    """
+    start, end = 0.0 if start is None else start, 1.0 if end is None else end
     if not (0.0 <= start <= 1.0 and 0.0 <= end <= 1.0):
         return f"start_percent ({start}) and end_percent ({end}) must lie between 0 and 1."
     if start >= end:
@@ -57,7 +61,17 @@ def settings(
     strength_per_frame: Any = None,
     motion_scale_per_frame: Any = None,
 ) -> MotionSettings:
-    """Translate the widgets of Apply Motion Module. Raises ValueError for per-frame values that cannot be read."""
+    """Translate the widgets of Apply Motion Module. Raises ValueError for values that cannot be read.
+
+    Some hosts do not check the choices of V3 nodes, so a workflow written by hand may bring any text.
+    """
+    for name, choice, known in (
+        ("noise_schedule", noise_schedule, SCHEDULES),
+        ("positions", positions, POSITIONS),
+        ("group_norm", group_norm, GROUP_NORMS),
+    ):
+        if choice not in known:
+            raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
     return MotionSettings(
         strength=_per_frame(strength, strength_per_frame),
         scale=_per_frame(motion_scale, motion_scale_per_frame),
@@ -80,8 +94,10 @@ def _schedule(module: MotionModule, choice: str) -> Schedule | None:
     return None if choice == MODELS_OWN else Schedule(choice)
 
 
-def known_windows(length: int, overlap: int, stride: int) -> bool | str:
-    """True, or the sentence for window settings that no clip could be planned with."""
+def known_windows(length: int | None, overlap: int | None, stride: int | None) -> bool | str:
+    """True, or the sentence for window settings that no clip could be planned with; None (linked) is not known yet."""
+    if None in (length, overlap, stride):
+        return True
     try:
         WindowPlan(length=length, overlap=overlap, stride=stride)
     except PlanError as error:
