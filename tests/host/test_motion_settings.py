@@ -1,0 +1,535 @@
+"""Every setting of Apply Motion Module and Load MotionLoRA does what it says, inside the host's own sampling."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import comfy.sample
+import folder_paths
+import helpers_motion
+import pytest
+import reference_motion as reference
+import tiny_host
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from helpers_motion import inflate, motion_module
+from latentmotion.host.motion import MotionModule, manage
+from latentmotion.motion_modules.animatediff.checkpoint import MotionFile
+from latentmotion.motion_modules.animatediff.spec import (
+    ANIMATE_LCM,
+    HOTSHOT_XL,
+    SDXL_BETA,
+    V1,
+    V2,
+    V3,
+    Schedule,
+    Variant,
+)
+from latentmotion.motion_modules.errors import ModelMismatchError
+from latentmotion.sampling.frame_values import frame_values
+from safetensors.torch import save_file
+from torch import Tensor
+
+SAME = 1e-5  # relative; the host splits and batches its work differently from run to run
+DEFAULTS: dict[str, Any] = {"strength": 1.0, "motion_scale": 1.0, "start_percent": 0.0, "end_percent": 1.0,
+                            "frames": 0, "noise_schedule": "as trained", "positions": "as trained",
+                            "group_norm": "as trained"}
+Run = Callable[..., tuple]
+
+
+def apply(run_node: Run, model: ModelPatcher, module: MotionModule, **settings: Any) -> ModelPatcher:
+    return run_node("LatentMotionApplyMotionModule", model=model, motion_module=module, **(DEFAULTS | settings))[0]
+
+
+def noise(frames: int = 4, seed: int = 0) -> Tensor:
+    return torch.randn(frames, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(model: ModelPatcher, start: Tensor, steps: int = 2, cfg: float = 2.0, tokens: tuple[int, int] = (77, 77)
+         ) -> Tensor:
+    """Sample an empty latent from this noise."""
+    texts = [tiny_host.conditioning(model, seed, tokens=count) for seed, count in zip((1, 2), tokens, strict=True)]
+    return comfy.sample.sample(model, start, steps, cfg, "euler", "normal", *texts, torch.zeros_like(start), seed=1,
+                               disable_pbar=True)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return reference.relative_error(found, expected)
+
+
+@pytest.fixture(scope="module")
+def image() -> ModelPatcher:
+    return tiny_host.sd15()
+
+
+@pytest.fixture(scope="module")
+def module() -> MotionModule:
+    return motion_module()
+
+
+# --- noise schedules ---------------------------------------------------------------------------------------------
+
+# sigma of the first, the 501st and the last training step, as in the table of the authors' settings
+TABLE = {("root", 0.012): (0.02917, 1.618, 14.615), ("beta", 0.012): (0.02917, 2.285, 25.146),
+         ("root", 0.020): (0.02917, 2.218, 65.929)}
+AS_TRAINED = {V1: ("beta", 0.012), V2: ("beta", 0.012), V3: ("beta", 0.012), SDXL_BETA: ("root", 0.020),
+              HOTSHOT_XL: ("root", 0.012), ANIMATE_LCM: ("beta", 0.012)}
+BY_NAME = {Schedule.SCALED_LINEAR: ("root", 0.012), Schedule.LINEAR: ("beta", 0.012),
+           Schedule.SCALED_LINEAR_SDXL: ("root", 0.020)}
+
+
+def sampling_of(model: ModelPatcher) -> Any:
+    return model.get_model_object("model_sampling")
+
+
+def assert_schedule(model: ModelPatcher, kind: tuple[str, float]) -> None:
+    sigmas, (low, middle, high) = sampling_of(model).sigmas, TABLE[kind]
+    assert error(sigmas, reference.sigmas(*kind)) < SAME
+    assert (float(sigmas[0]), float(sigmas[500]), float(sigmas[-1])) == pytest.approx((low, middle, high), rel=3e-4)
+
+
+@pytest.mark.parametrize("variant", AS_TRAINED, ids=lambda variant: variant.name)
+def test_schedule_is_the_one_the_variant_was_trained_with(variant: Variant, image: ModelPatcher, run_node: Run) -> None:
+    before = sampling_of(image)
+    assert_schedule(apply(run_node, image, motion_module(variant=variant)), AS_TRAINED[variant])
+    assert sampling_of(image) is before and image.model.model_sampling is before
+    assert_schedule(image, ("root", 0.012))
+
+
+@pytest.mark.parametrize("schedule", Schedule)
+def test_schedule_may_be_chosen(schedule: Schedule, image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    assert_schedule(apply(run_node, image, module, noise_schedule=schedule.value), BY_NAME[schedule])
+
+
+def test_models_own_schedule_is_left_alone(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    model = apply(run_node, image, module, noise_schedule="image model's own")
+    assert sampling_of(model) is image.model.model_sampling
+
+
+@pytest.mark.parametrize(("sampling", "cls"), [("v_prediction", "V_PREDICTION"), ("lcm", "LCM")])
+def test_what_the_network_predicts_is_kept(sampling: str, cls: str, image: ModelPatcher, module: MotionModule,
+                                           run_node: Run) -> None:
+    (changed,) = run_node("ModelSamplingDiscrete", model=image, sampling=sampling, zsnr=False)
+    found = sampling_of(apply(run_node, changed, module))
+    assert type(found).__mro__[1:] == type(sampling_of(changed)).__mro__[1:]
+    assert any(base.__name__ == cls for base in type(found).__mro__)
+    assert float(found.sigma_max) == pytest.approx(25.146, rel=1e-3 if sampling == "lcm" else 3e-4)
+
+
+def test_a_model_without_discrete_steps_keeps_its_schedule(image: ModelPatcher, module: MotionModule,
+                                                           run_node: Run) -> None:
+    edm = {"sampling": "eps", "sigma_max": 120.0, "sigma_min": 0.002}
+    (continuous,) = run_node("ModelSamplingContinuousEDM", model=image, **edm)
+    with pytest.raises(ModelMismatchError, match="'linear .AnimateDiff.' needs a model with discrete time steps.*"
+                                                 "Choose 'image model's own'"):
+        apply(run_node, continuous, module)
+    kept = sampling_of(apply(run_node, continuous, module, noise_schedule="image model's own"))
+    assert float(kept.sigma_max) == pytest.approx(120.0)
+
+
+# --- frames in a call --------------------------------------------------------------------------------------------
+
+@contextmanager
+def counted(model: ModelPatcher) -> Iterator[list[tuple[int, list[int]]]]:
+    """Images and condition labels of every call of the host's UNet."""
+    calls: list[tuple[int, list[int]]] = []
+
+    def note(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append((args[0].shape[0], list(kwargs["transformer_options"]["cond_or_uncond"])))
+
+    hook = model.model.diffusion_model.register_forward_pre_hook(note, with_kwargs=True)
+    yield calls
+    hook.remove()
+
+
+def no_room(device: object = None, torch_free_too: bool = False) -> Any:
+    """The host's question how much memory is free: none, where it decides whether two conditions share a call."""
+    return (2.0**30, 2.0**30) if torch_free_too else 0.0
+
+
+@pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
+def test_conditions_in_one_call_or_two(variant: Variant, image: ModelPatcher, run_node: Run,
+                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    video = apply(run_node, image, motion_module(variant=variant), strength_per_frame=[1.0, 0.5, 0.2, 1.5])
+    with counted(video) as together:
+        one = draw(video, noise())
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", no_room)
+    monkeypatch.setattr(ModelPatcher, "get_free_memory", lambda *_: 0.0, raising=False)  # asked by newer hosts
+    with counted(video) as apart:
+        two = draw(video, noise())
+    assert {images for images, _ in together} == {8} and {images for images, _ in apart} == {4}
+    assert error(two, one) < SAME
+
+
+def test_conditions_of_two_lengths(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    """Texts of different token counts cannot share a call: 77 and 2 x 77 can, after the host repeats the shorter."""
+    video = apply(run_node, image, module)
+    with counted(video) as calls:
+        apart = draw(video, noise(), tokens=(77, 40))
+    assert {images for images, _ in calls} <= {4, 8} and torch.isfinite(apart).all()
+
+
+@pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
+def test_two_videos_in_a_batch_are_the_two_videos(variant: Variant, image: ModelPatcher, run_node: Run) -> None:
+    per_frame = {"strength_per_frame": [1.0, 0.3, 0.7, 1.2], "motion_scale_per_frame": "0: 0.5, 3: 1.5"}
+    made = motion_module(variant=variant)
+    both = draw(apply(run_node, image, made, frames=4, **per_frame), noise(8))
+    alone = apply(run_node, image, made, **per_frame)
+    assert error(both[:4], draw(alone, noise(8)[:4])) < SAME
+    assert error(both[4:], draw(alone, noise(8)[4:])) < SAME
+    assert error(draw(apply(run_node, image, made, **per_frame), noise(8)), both) > 1e-2
+
+
+def test_module_has_effect_and_leaves_the_image_model_alone(image: ModelPatcher, module: MotionModule,
+                                                            run_node: Run) -> None:
+    plain = draw(image, noise())
+    video = apply(run_node, image, module, noise_schedule="image model's own")
+    moving = draw(video, noise())
+    assert error(moving, plain) > 0.05
+    assert torch.equal(draw(image, noise()), plain) and torch.equal(draw(video, noise()), moving)
+
+
+# --- when it acts ------------------------------------------------------------------------------------------------
+
+OWN = {"noise_schedule": "image model's own"}
+
+
+@contextmanager
+def slot_calls(video: ModelPatcher) -> Iterator[list[dict]]:
+    """What the layers of the pack are told in every call of the host's network."""
+    seen: list[dict] = []
+
+    def note(executor: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        options = kwargs.get("transformer_options") or next(arg for arg in reversed(args) if isinstance(arg, dict))
+        seen.append(options)
+        return executor(*args, **kwargs)
+
+    video.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "test", note)
+    yield seen
+    video.remove_wrappers_with_key(WrappersMP.DIFFUSION_MODEL, "test")
+
+
+def active_in(seen: list[dict]) -> list[set[int]]:
+    return [set(options.get("latentmotion_calls", {})) for options in seen]
+
+
+def test_full_range_is_the_default(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    assert torch.equal(draw(apply(run_node, image, module, start_percent=0.0, end_percent=1.0), noise()),
+                       draw(inflate(image, module, schedule=Schedule.LINEAR), noise()))
+
+
+NEVER = [{"start": 0.5, "end": 0.5}, {"start": 1.0, "end": 1.0}, {"start": 0.8, "end": 0.2},
+         {"strength": frame_values(0.0, None)}]
+
+
+@pytest.mark.parametrize("settings", NEVER)
+def test_an_empty_part_is_the_image_model(settings: dict, image: ModelPatcher) -> None:
+    made = motion_module(variant=V1)
+    assert torch.equal(draw(inflate(image, made, **settings), noise(), 3), draw(image, noise(), 3))
+
+
+@pytest.mark.parametrize(("start", "end", "active"), [
+    (0.0, 1.0, [1, 1, 1, 1]), (0.0, 0.2, [1, 0, 0, 0]), (0.2, 1.0, [0, 1, 1, 1]), (0.2, 0.5, [0, 1, 0, 0]),
+    (0.9, 1.0, [0, 0, 0, 1]), (0.0, 0.01, [1, 0, 0, 0]), (0.99, 1.0, [0, 0, 0, 1]),
+])
+def test_part_of_the_run(start: float, end: float, active: list[int], image: ModelPatcher, module: MotionModule,
+                         run_node: Run) -> None:
+    """Four steps, at 0, 1/3, 2/3 and all of the training steps."""
+    video = apply(run_node, image, module, start_percent=start, end_percent=end, **OWN)
+    with slot_calls(video) as seen:
+        draw(video, noise(), 4)
+    assert [len(numbers) for numbers in active_in(seen)] == active
+
+
+def test_two_halves_make_the_whole(image: ModelPatcher, run_node: Run) -> None:
+    """Two modules of the same weights, one for each half of the run: each step belongs to exactly one of them."""
+    first, second = motion_module(variant=V1), motion_module(variant=V1)
+    halves = apply(run_node, image, first, end_percent=0.5)
+    halves = apply(run_node, halves, second, start_percent=0.5)
+    with slot_calls(halves) as seen:
+        joined = draw(halves, noise(), 5)
+    assert active_in(seen) == [{0}, {0}, {0}, {1}, {1}] or active_in(seen) == [{0}, {0}, {1}, {1}, {1}]
+    assert error(joined, draw(apply(run_node, image, first), noise(), 5)) < SAME
+
+
+# --- several modules ---------------------------------------------------------------------------------------------
+
+PLACES = {**{f"down_blocks.{i}.motion_modules.{j}": (f"input_blocks.{3 * i + 1 + j}", 0 if i == 3 else 1)
+             for i in range(4) for j in range(2)}, "mid_block.motion_modules.0": ("middle_block", 1),
+          **{f"up_blocks.{i}.motion_modules.{j}": (f"output_blocks.{3 * i + j}", 0 if i == 0 else 1)
+             for i in range(4) for j in range(3)}}
+
+
+@contextmanager
+def hooked(image: ModelPatcher, *modules: MotionModule, frames: int = 4, **settings: Tensor) -> Iterator[None]:
+    """The reference's temporal transformers behind the published layers, one module after another.
+
+    settings: strength, key_scale, (frames, 1, 1, 1) each.
+    """
+    layers = dict(image.model.diffusion_model.named_modules())
+    hooks = []
+    for made in modules:
+        weights = made.patcher.model.state_dict()
+        for slot, (block, layer) in PLACES.items():
+            stem = f"{slot}.temporal_transformer."
+            part = {name.removeprefix(stem): t for name, t in weights.items() if name.startswith(stem)}
+
+            def move(_: torch.nn.Module, args: tuple, out: Tensor, part: dict = part) -> Tensor:
+                each = {name: value.repeat(len(out) // frames, 1, 1, 1).expand(-1, 1, *out.shape[-2:])
+                        for name, value in settings.items()}
+                return reference.temporal_transformer(out, part, frames, **each).to(out.dtype)
+
+            hooks.append(layers[f"{block}.{layer}"].register_forward_hook(move))
+    yield
+    for hook in hooks:
+        hook.remove()
+
+
+def test_modules_act_one_after_another(image: ModelPatcher, run_node: Run) -> None:
+    first, second = motion_module(0), motion_module(1)
+    one = apply(run_node, apply(run_node, image, first, **OWN), second, **OWN)
+    other = apply(run_node, apply(run_node, image, second, **OWN), first, **OWN)
+    with hooked(image, first, second):
+        expected = draw(image, noise())
+    found = draw(one, noise())
+    assert error(found, expected) < SAME
+    assert error(draw(other, noise()), found) > 1e-2, "the order on the canvas must matter"
+
+
+def test_strength_and_scale_per_frame_in_the_whole_network(image: ModelPatcher, module: MotionModule,
+                                                           run_node: Run) -> None:
+    strength, scale = [0.0, 0.5, 1.0, 1.5], [2.0, 0.5, 1.0, 0.1]
+    video = apply(run_node, image, module, strength=0.8, motion_scale=1.5, strength_per_frame=strength,
+                  motion_scale_per_frame="2, 0.5, 1, 0.1", **OWN)
+    maps = {"strength": torch.tensor(strength).view(4, 1, 1, 1) * 0.8,
+            "key_scale": torch.tensor(scale).view(4, 1, 1, 1) * 1.5}
+    with hooked(image, module, **maps):
+        expected = draw(image, noise())
+    assert error(draw(video, noise()), expected) < SAME
+
+
+def test_the_same_module_twice_is_refused(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    video = apply(run_node, image, module)
+    with pytest.raises(ModelMismatchError, match="tiny-0 is already applied to this MODEL"):
+        apply(run_node, video, module)
+    with pytest.raises(ModelMismatchError, match="already applied.*put all MotionLoRAs on one motion module"):
+        apply(run_node, video, helpers_motion.motion_lora(module))
+    apply(run_node, image, module)
+
+
+# --- MotionLoRA --------------------------------------------------------------------------------------------------
+
+RANK = 2
+
+
+def lora_file(made: MotionModule, seed: int) -> dict[str, Tensor]:
+    """All q, k, v and out pairs of every block, under the published names."""
+    generator = torch.Generator().manual_seed(seed)
+    file = {}
+    for slot, c in made.spec.slots:
+        for block in range(2):
+            for projection in ("q", "k", "v", "out"):
+                stem = (f"{slot}.temporal_transformer.transformer_blocks.0.attention_blocks.{block}."
+                        f"processor.to_{projection}_lora")
+                file |= {f"{stem}.down.weight": torch.randn(RANK, c, generator=generator),
+                         f"{stem}.up.weight": torch.randn(c, RANK, generator=generator) / c}
+    return file
+
+
+def deltas(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, down in file.items():
+        if name.endswith(".down.weight"):
+            target = name.replace("processor.", "").replace("_lora.down.weight", ".weight")
+            found[target.replace("to_out.weight", "to_out.0.weight")] = file[name.replace(".down.", ".up.")] @ down
+    return found
+
+
+@pytest.fixture
+def lora_folder(pack_nodes: dict) -> Path:
+    folder = Path(folder_paths.folder_names_and_paths["animatediff_motion_lora"][0][0])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def weights_of(patcher: ModelPatcher) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in patcher.model.state_dict().items()}
+
+
+def test_motion_loras_add_and_go_without_a_trace(image: ModelPatcher, lora_folder: Path, run_node: Run) -> None:
+    made = motion_module()
+    before = weights_of(made.patcher)
+    files = {name: lora_file(made, seed) for seed, name in enumerate(("zoom.safetensors", "pan.ckpt"))}
+    save_file(files["zoom.safetensors"], lora_folder / "zoom.safetensors")
+    torch.save({"state_dict": files["pan.ckpt"]}, lora_folder / "pan.ckpt")
+    video = apply(run_node, image, made)
+    plain = draw(video, noise())
+
+    (one,) = run_node("LatentMotionLoadMotionLora", motion_module=made, motion_lora="zoom.safetensors", strength=0.75)
+    (two,) = run_node("LatentMotionLoadMotionLora", motion_module=one, motion_lora="pan.ckpt", strength=-0.5)
+    clips = [draw(apply(run_node, image, changed), noise()) for changed in (one, two)]
+
+    comfy.model_management.load_models_gpu([two.patcher])
+    during = weights_of(two.patcher)
+    wanted = [deltas(file) for file in files.values()]
+    assert wanted[0].keys() == wanted[1].keys() and len(wanted[0]) == 8 * len(made.spec.slots)
+    for name, weight in before.items():
+        change = 0.75 * wanted[0][name] - 0.5 * wanted[1][name] if name in wanted[0] else 0.0
+        assert torch.allclose(during[name], weight + change, rtol=1e-5, atol=1e-6), name
+    comfy.model_management.unload_all_models()
+
+    after = weights_of(made.patcher)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(draw(video, noise()), plain)
+    assert min(error(clip, plain) for clip in clips) > 1e-3 and error(*clips) > 1e-3
+
+
+def test_strength_zero_and_opposites_cancel(image: ModelPatcher, run_node: Run) -> None:
+    made = motion_module()
+    plain = draw(apply(run_node, image, made), noise())
+    nothing = helpers_motion.motion_lora(made, strength=0.0)
+    both = helpers_motion.motion_lora(helpers_motion.motion_lora(made, strength=1.0), strength=-1.0)
+    assert error(draw(apply(run_node, image, nothing), noise()), plain) < SAME
+    assert error(draw(apply(run_node, image, both), noise()), plain) < SAME
+    assert error(draw(apply(run_node, image, helpers_motion.motion_lora(made)), noise()), plain) > 1e-3
+
+
+# --- domain adapter ----------------------------------------------------------------------------------------------
+
+def adapter_file(image: ModelPatcher) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A v3 domain adapter for this UNet, and what it adds to each of the host's weights at strength 1."""
+    down = {f"down_blocks.{i}.attentions.{j}": f"input_blocks.{3 * i + 1 + j}.1" for i in range(3) for j in range(2)}
+    up = {f"up_blocks.{i}.attentions.{j}": f"output_blocks.{3 * i + j}.1" for i in range(1, 4) for j in range(3)}
+    places = {**down, "mid_block.attentions.0": "middle_block.1", **up}
+    weights = image.model.diffusion_model.state_dict()
+    generator = torch.Generator().manual_seed(0)
+    file, added = {}, {}
+    for theirs, ours in places.items():
+        for attention in ("attn1", "attn2"):
+            for projection in ("q", "k", "v", "out"):
+                host = f"{ours}.transformer_blocks.0.{attention}.to_{projection}{'.0' * (projection == 'out')}.weight"
+                rows, columns = weights[host].shape
+                stem = f"{theirs}.transformer_blocks.0.{attention}.processor.to_{projection}_lora"
+                down, up = (torch.randn(shape, generator=generator) / 8 for shape in ((4, columns), (rows, 4)))
+                file |= {f"{stem}.down.weight": down, f"{stem}.up.weight": up}
+                added[host] = up @ down
+    return file, added
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_domain_adapter_through_the_hosts_own_loader(ending: str, image: ModelPatcher, module: MotionModule,
+                                                     run_node: Run, caplog: pytest.LogCaptureFixture) -> None:
+    file, added = adapter_file(image)
+    assert len(file) == 256
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"v3_sd15_adapter.{ending}"
+    if ending == "ckpt":
+        torch.save({"state_dict": file, "animatediff_config": "text"}, folder / name)
+    else:
+        save_file(file, folder / name)
+    before = {key: tensor.clone() for key, tensor in image.model.diffusion_model.state_dict().items()}
+    clips = {}
+    for scale in (1.0, 0.0, 0.35, -1.0, 2.5):
+        (adapted,) = run_node("LoraLoaderModelOnly", model=image, lora_name=name, strength_model=scale)
+        clips[scale] = draw(apply(run_node, adapted, module), noise())
+        comfy.model_management.load_models_gpu([adapted])
+        for key, tensor in image.model.diffusion_model.state_dict().items():
+            wanted = before[key] + scale * added[key] if key in added else before[key]
+            assert torch.allclose(tensor, wanted, rtol=1e-5, atol=1e-6), (scale, key)
+        comfy.model_management.unload_all_models()
+    assert "not loaded" not in caplog.text
+    assert torch.equal(clips[0.0], draw(apply(run_node, image, module), noise()))
+    assert min(error(clips[scale], clips[0.0]) for scale in (1.0, 0.35, -1.0, 2.5)) > 1e-3
+
+
+# --- context windows ---------------------------------------------------------------------------------------------
+
+WINDOWS = {"context_length": 4, "context_overlap": 2, "context_schedule": "standard_static", "context_stride": 1,
+           "closed_loop": False, "fuse_method": "pyramid", "dim": 0}
+
+
+@pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform", "looped_uniform", "batched"])
+def test_values_follow_the_frame_under_context_windows(schedule: str, image: ModelPatcher, module: MotionModule,
+                                                       run_node: Run) -> None:
+    values = [0.1 * i for i in range(10)]
+    video = apply(run_node, image, module, strength_per_frame=values, motion_scale_per_frame=[1 + v for v in values])
+    (video,) = run_node("ContextWindowsManual", model=video, **(WINDOWS | {"context_schedule": schedule}))
+    with slot_calls(video) as seen:
+        draw(video, noise(10))
+    assert {frame for options in seen for frame in options["context_window"].index_list} == set(range(10))
+    for options in seen:
+        call, indices = options["latentmotion_calls"][0], list(options["context_window"].index_list)
+        clips = len(options["cond_or_uncond"])
+        anchor = call.frames - len(indices)  # newer hosts may put the first frame before a window
+        assert anchor in (0, 1)
+        found = call.strength.flatten().view(clips, call.frames)[:, anchor:]
+        assert torch.allclose(found, torch.tensor([values[i] for i in indices]).expand(clips, -1))
+        scale = call.scale.flatten().view(clips, call.frames)[:, anchor:]
+        assert torch.allclose(scale, 1 + torch.tensor([values[i] for i in indices]).expand(clips, -1))
+        assert call.positions.tolist()[anchor:] == list(range(len(indices))) or anchor
+
+
+def test_a_window_of_zeros_is_the_image_model(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    """Two windows that do not touch: the first moves as a clip of its own, the second not at all."""
+    video = apply(run_node, image, module, strength_per_frame=[1.0] * 4 + [0.0] * 4, **OWN)
+    (video,) = run_node("ContextWindowsManual", model=video, **(WINDOWS | {"context_overlap": 0}))
+    clip = draw(video, noise(8))
+    assert error(clip[4:], draw(image, noise(8))[4:]) < SAME
+    alone = apply(run_node, image, module, **OWN)
+    assert error(clip[:4], draw(alone, noise(8)[:4])) < SAME
+
+
+# --- stored types ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_stored_type_of_the_weights(dtype: torch.dtype, image: ModelPatcher, run_node: Run) -> None:
+    """A float32 model computes in float32 whatever the file stores: as with the same numbers written out wide."""
+    spec = helpers_motion.motion_spec()
+    weights = {name: t.to(dtype) for name, t in helpers_motion.motion_weights(spec).items()}
+    wide = {name: t.float() for name, t in weights.items()}
+    found, expected = (draw(apply(run_node, image, manage(MotionFile(spec, file), "x")), noise())
+                       for file in (weights, wide))
+    assert error(found, expected) < SAME
+
+
+@pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
+def test_a_bfloat16_model_computes_in_its_own_type(variant: Variant, run_node: Run) -> None:
+    image, made = tiny_host.sd15(dtype=torch.bfloat16), motion_module(variant=variant)
+    wide = tiny_host.sd15()
+    state = image.model.diffusion_model.state_dict()
+    wide.model.diffusion_model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    types: set[torch.dtype] = set()
+
+    def note(_: torch.nn.Module, args: tuple, out: Tensor) -> None:
+        types.add(out.dtype)
+
+    hook = image.model.diffusion_model.out.register_forward_hook(note)
+    found = draw(apply(run_node, image, made, strength_per_frame=torch.rand(4, 16, 16) + 0.5), noise())
+    hook.remove()
+    assert types == {torch.bfloat16} and torch.isfinite(found).all()
+    plain, moving = (draw(apply(run_node, model, made), noise()) for model in (image, wide))
+    assert error(plain, moving) < 0.1
+
+
+def test_weights_of_an_fp8_image_model(run_node: Run) -> None:
+    image = tiny_host.sd15(dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    for variant in (V1, V2):
+        video = apply(run_node, image, motion_module(variant=variant, dtype=torch.float8_e4m3fn))
+        assert torch.isfinite(draw(video, noise())).all()
+
+
+def test_a_mixed_file_keeps_its_finest_type() -> None:
+    spec = helpers_motion.motion_spec((32,), layers=1)
+    weights = helpers_motion.motion_weights(spec)
+    first = next(iter(weights))
+    mixed = {n: t.to(torch.float8_e4m3fn) if re.search("to_[qkv]", n) or n == first else t for n, t in weights.items()}
+    loaded = manage(MotionFile(spec, mixed), "mixed").patcher.model.state_dict()
+    assert all(torch.equal(loaded[name].float(), mixed[name].float()) for name in mixed)
