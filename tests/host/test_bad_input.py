@@ -235,8 +235,8 @@ def test_sdxl_module_on_sd15_and_the_reverse(run_node: Run) -> None:
     sdxl = full_size(comfy.supported_models.SDXL, tiny_host.sdxl_config(320, 2048))
     beta, v3 = (full_module(specs.SDXL_LEVELS, specs.SDXL_BETA, "mm_sdxl_v10_beta.ckpt"),
                 full_module(specs.SD15_LEVELS, specs.V3, "v3_sd15_mm.ckpt"))
-    said = ("^mm_sdxl_v10_beta.ckpt is a motion module for SDXL, and this MODEL is SD1.x / SD2.x. Choose a motion module "
-            "for SD1.x / SD2.x, or load a checkpoint of SDXL")
+    said = ("^mm_sdxl_v10_beta.ckpt is a motion module for SDXL, and this MODEL is SD1.x / SD2.x. Choose a motion "
+            "module for SD1.x / SD2.x, or load a checkpoint of SDXL")
     with pytest.raises(ModelMismatchError, match=said):
         apply(run_node, sd15, beta)
     said = "^v3_sd15_mm.ckpt is a motion module for SD1.x / SD2.x, and this MODEL is SDXL."

@@ -22,12 +22,15 @@ import comfy.model_management
 import comfy.ops
 import comfy.sample
 import comfy.supported_models
+import comfy.utils
+import helpers_motion
 import pytest
 import reference_motion as reference
 import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
 from latentmotion.host.motion import manage
+from latentmotion.motion_modules.animatediff import spec as specs
 from latentmotion.motion_modules.animatediff.checkpoint import read_motion_module
 from torch import Tensor
 
@@ -309,15 +312,15 @@ def noise_of(size: int) -> Tensor:
     return torch.randn(FRAMES, 4, size, size, generator=torch.Generator().manual_seed(size))
 
 
-def one_call(family: Family, model: ModelPatcher, form: Form, x: Tensor, conditions: Conditions) -> Tensor:
+def one_call(model: ModelPatcher, x: Tensor, conditions: Conditions) -> Tensor:
     """What the host's apply_model takes for noise in x at one time, in an ordinary call with one condition."""
-    sigma = reference.sigmas(*form.schedule)[MIDDLE].float()
+    sigma = model.get_model_object("model_sampling").sigmas[MIDDLE]
     comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
     model.pre_run()
     options = model.model_options["transformer_options"] | {"cond_or_uncond": [0], "wrappers": model.wrappers,
                                                             "sigmas": sigma[None], "callbacks": model.callbacks}
     text, y = conditions[0]
-    with watched(family.model.model.diffusion_model) as seen:
+    with watched(model.model.diffusion_model) as seen:
         denoised = model.model.apply_model(
             x, sigma.expand(FRAMES), transformer_options=options, c_crossattn=text.expand(FRAMES, -1, -1),
             **({} if y is None else {"y": y.expand(FRAMES, -1)}))
@@ -370,7 +373,7 @@ class Parity:
               run_node: Callable[..., tuple]) -> None:
         model = video_model(full, full.forms[name], run_node)
         x, noise = noise_of(CALL_SIZE), noise_of(SAMPLE_SIZE)
-        call = one_call(full, model, full.forms[name], x, full.conditions(x))
+        call = one_call(model, x, full.conditions(x))
         of_call = reference.relative_error(call, expected_calls[name][0])
         of_sample = reference.relative_error(whole_sample(model, noise, full.conditions(noise)),
                                              expected_samples[name])
@@ -406,3 +409,37 @@ class TestSDXL(Parity):
     def test_equals_the_authors(self, name: str, full: Family, expected_calls: dict, expected_samples: dict,
                                 run_node: Callable[..., tuple]) -> None:
         self.check(name, full, expected_calls, expected_samples, run_node)
+
+
+DIFFUSERS_NAMES = {"temporal_transformer.": "", "attention_blocks.0.": "attn1.", "attention_blocks.1.": "attn2.",
+                   ".norms.0.": ".norm1.", ".norms.1.": ".norm2.", ".ff_norm.": ".norm3."}
+
+
+def test_equals_diffusers_whole_network(run_node: Callable[..., tuple]) -> None:
+    """diffusers' own UNetMotionModel, small: places and order of all 21 modules, by a third implementation.
+
+    Its motion norm is over all frames for every module, as the authors' is for SDXL beta; so this variant is compared.
+    """
+    library = pytest.importorskip("diffusers")
+    image, module = tiny_host.sd15(), helpers_motion.motion_module(variant=specs.SDXL_BETA)
+    theirs = library.UNetMotionModel(
+        sample_size=8, block_out_channels=(32, 64, 128, 128), layers_per_block=2, cross_attention_dim=32,
+        down_block_types=("CrossAttnDownBlockMotion",) * 3 + ("DownBlockMotion",),
+        up_block_types=("UpBlockMotion",) + ("CrossAttnUpBlockMotion",) * 3, motion_max_seq_length=32,
+        num_attention_heads=8, motion_num_attention_heads=8,
+    )
+    host, motion = image.model.diffusion_model.state_dict(), module.patcher.model.state_dict()
+    for ours, name in DIFFUSERS_NAMES.items():
+        motion = {key.replace(ours, name): tensor for key, tensor in motion.items()}
+    names = comfy.utils.unet_to_diffusers(image.model.model_config.unet_config)
+    renamed = motion | {name: host[key] for name, key in names.items() if key in host}
+    left = theirs.load_state_dict(renamed, strict=False)
+    assert all(key.endswith("pos_embed.pe") for key in left.missing_keys) and len(left.missing_keys) == 21
+    assert not left.unexpected_keys
+    (video,) = run_node("LatentMotionApplyMotionModule", model=image, motion_module=module, group_norm="as trained",
+                        **SETTINGS)
+    x, (text, _) = noise_of(8), tiny_host.conditioning(image, 1)[0]
+    sigma = video.get_model_object("model_sampling").sigmas[MIDDLE]
+    scaled = (x / (sigma**2 + 1.0) ** 0.5).transpose(0, 1)[None]
+    expected = theirs(scaled, MIDDLE, encoder_hidden_states=text.expand(FRAMES, -1, -1)).sample[0].transpose(0, 1)
+    assert reference.relative_error(one_call(video, x, [(text, None)]), expected) < EXACT
