@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -62,6 +63,16 @@ class Workshop:
 
     def place(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, self.dtype, memory_format=torch.channels_last)
+
+
+class Untrained(Workshop):
+    """Does every stage without a step of training, to see that all files fit together."""
+
+    def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
+
+    def samples(self, order: Order) -> Samples:
+        return Samples(torch.zeros(1, order.frames, 4, 16, 16), [""])
 
 
 class Encoding:
@@ -321,15 +332,24 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="train-demo", description="Train the demo models from nothing.")
     parser.add_argument("--out", type=Path, default=CACHE / "out", help="folder for the finished files")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="only these, in order")
+    parser.add_argument("--untrained", action="store_true", help="write every file with the weights it starts from")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shop = Workshop(arguments.out, CACHE / "state", device, fast_dtype(device))
+    if arguments.untrained:
+        with tempfile.TemporaryDirectory() as state:
+            _run(Untrained(arguments.out, Path(state), device, torch.float32), list(STAGES))
+    else:
+        _run(Workshop(arguments.out, CACHE / "state", device, fast_dtype(device)), arguments.stages)
+    return 0
+
+
+def _run(shop: Workshop, stages: list[str]) -> None:
+    """Carry out those of the stages whose files are not there yet."""
     for name, (file, train) in STAGES.items():
-        if name not in arguments.stages:
+        if name not in stages:
             continue
         done = file(shop)
         if done.is_file():
             print(f"{name}: done already, {done}")
             continue
         train(shop)
-    return 0
