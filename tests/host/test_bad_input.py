@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import comfy.context_windows
 import comfy.model_management
 import comfy.supported_models
 import folder_paths
@@ -261,9 +262,14 @@ def test_a_model_that_is_no_unet(image: ModelPatcher, module: MotionModule, run_
 
 # --- clips -------------------------------------------------------------------------------------------------------
 
-def windows(run_node: Run, model: ModelPatcher, length: int) -> ModelPatcher:
-    return run_node("ContextWindowsManual", model=model, context_length=length, context_overlap=0, context_stride=1,
-                    context_schedule="standard_static", closed_loop=False, fuse_method="flat", dim=0)[0]
+def windows(model: ModelPatcher, length: int) -> ModelPatcher:
+    """The host's own context windows, as its Context Windows (Manual) node sets them."""
+    model = model.clone()
+    model.model_options["context_handler"] = comfy.context_windows.IndexListContextHandler(
+        context_schedule=comfy.context_windows.get_matching_context_schedule("standard_static"),
+        fuse_method=comfy.context_windows.get_matching_fuse_method("flat"),
+        context_length=length, context_overlap=0, context_stride=1, closed_loop=False, dim=0)
+    return model
 
 
 CLIPS: dict[str, tuple[dict[str, Any], int, int, str]] = {
@@ -282,7 +288,7 @@ def test_impossible_clips(mistake: str, image: ModelPatcher, module: MotionModul
     settings, frames, window, sentence = CLIPS[mistake]
     before, modules = tiny_host.weights(image), tiny_host.modules_of(image)
     video = apply(run_node, image, module, **settings)
-    asked = windows(run_node, video, window) if window else video
+    asked = windows(video, window) if window else video
     with pytest.raises(ClipError, match=sentence):
         tiny_host.sample(asked, frames)
     assert tiny_host.modules_of(image) == modules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -456,12 +457,19 @@ WINDOWS = {"context_length": 4, "context_overlap": 2, "context_schedule": "stand
            "closed_loop": False, "fuse_method": "pyramid", "dim": 0}
 
 
+def windowed(run_node: Run, core_nodes: dict[str, type], model: ModelPatcher, **settings: Any) -> ModelPatcher:
+    """Through the host's Context Windows (Manual); newer hosts ask whether to shuffle noise, too."""
+    execute = inspect.signature(core_nodes["ContextWindowsManual"].execute)
+    newer = {"freenoise": False} if "freenoise" in execute.parameters else {}
+    return run_node("ContextWindowsManual", model=model, **(WINDOWS | newer | settings))[0]
+
+
 @pytest.mark.parametrize("schedule", ["standard_static", "standard_uniform", "looped_uniform", "batched"])
 def test_values_follow_the_frame_under_context_windows(schedule: str, image: ModelPatcher, module: MotionModule,
-                                                       run_node: Run) -> None:
+                                                       run_node: Run, core_nodes: dict[str, type]) -> None:
     values = [0.1 * i for i in range(10)]
     video = apply(run_node, image, module, strength_per_frame=values, motion_scale_per_frame=[1 + v for v in values])
-    (video,) = run_node("ContextWindowsManual", model=video, **(WINDOWS | {"context_schedule": schedule}))
+    video = windowed(run_node, core_nodes, video, context_schedule=schedule)
     with slot_calls(video) as seen:
         draw(video, noise(10))
     assert {frame for options in seen for frame in options["context_window"].index_list} == set(range(10))
@@ -477,10 +485,11 @@ def test_values_follow_the_frame_under_context_windows(schedule: str, image: Mod
         assert call.positions.tolist()[anchor:] == list(range(len(indices))) or anchor
 
 
-def test_a_window_of_zeros_is_the_image_model(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+def test_a_window_of_zeros_is_the_image_model(image: ModelPatcher, module: MotionModule, run_node: Run,
+                                              core_nodes: dict[str, type]) -> None:
     """Two windows that do not touch: the first moves as a clip of its own, the second not at all."""
     video = apply(run_node, image, module, strength_per_frame=[1.0] * 4 + [0.0] * 4, **OWN)
-    (video,) = run_node("ContextWindowsManual", model=video, **(WINDOWS | {"context_overlap": 0}))
+    video = windowed(run_node, core_nodes, video, context_overlap=0)
     clip = draw(video, noise(8))
     assert error(clip[4:], draw(image, noise(8))[4:]) < SAME
     alone = apply(run_node, image, module, **OWN)
