@@ -169,12 +169,15 @@ def test_conditions_in_one_call_or_two(variant: Variant, image: ModelPatcher, ru
     assert error(two, one) < SAME
 
 
-def test_conditions_of_two_lengths(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
-    """Texts of different token counts cannot share a call: 77 and 2 x 77 can, after the host repeats the shorter."""
-    video = apply(run_node, image, module)
+def test_conditions_of_lengths_that_cannot_share_a_call(image: ModelPatcher, run_node: Run) -> None:
+    """The host itself runs texts of 77 and 41 tokens apart; each call is one whole clip."""
+    made = motion_module(variant=V1)
+    video = apply(run_node, image, made, **OWN)
     with counted(video) as calls:
-        apart = draw(video, noise(), tokens=(77, 40))
-    assert {images for images, _ in calls} <= {4, 8} and torch.isfinite(apart).all()
+        found = draw(video, noise(), tokens=(77, 41))
+    assert {images for images, _ in calls} == {4} and {tuple(labels) for _, labels in calls} == {(0,), (1,)}
+    assert error(found, draw(apply(run_node, image, made, frames=4, **OWN), noise(), tokens=(77, 41))) < SAME
+    assert error(found, draw(image, noise(), tokens=(77, 41))) > 1e-2
 
 
 @pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
