@@ -41,7 +41,7 @@ REGISTRIES = {"folder_paths.folder_names_and_paths": {"folder_paths"}}
 KNOW_DEVICES = {"host/memory.py", "training/precision.py"}
 ORACLES = {"diffusers", "skvideo", "hypothesis", "pytest", "playwright"}
 CALLS_AT_IMPORT = {
-    "frozenset", "getattr", "hasattr", "io.Custom", "logging.getLogger", "re.compile", "tuple",
+    "frozenset", "getattr", "hasattr", "io.Custom", "logging.getLogger", "partial", "re.compile", "replace", "tuple",
 }  # fmt: skip
 TENSOR_MATHS = {"permute", "rearrange", "einsum", "reshape", "transpose", "movedim", "unsqueeze", "view"}
 
