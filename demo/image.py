@@ -15,10 +15,12 @@ from .text import Vocabulary, encode
 
 RECIPE = Recipe("image", steps=2600, batch=32, learning_rate=1e-3, warmup=200, average=0.998, seed=2)
 FINISH = Recipe("image_finish", steps=2000, batch=32, learning_rate=8e-4, warmup=30, average=0.998, seed=9)
+POLISH = Recipe("image_polish", steps=5000, batch=32, learning_rate=6e-4, warmup=30, average=0.998, seed=12)
 PLAIN_STEPS = 868  # first the looks, from the plain loss; then what the captions say
 CEILING = 20.0
-MIDDLE = (200, 700)  # the finish spends half its samples on the steps that decide which shape it becomes
-MIDDLE_CEILING = 4.0
+MIDDLE = {FINISH.name: (200, 700), POLISH.name: (300, 900)}
+"""The later runs spend half their samples on the steps that decide which shape it becomes, and then that it is one."""
+MIDDLE_CEILING = {FINISH.name: 4.0, POLISH.name: 8.0}
 PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)
 
 def initialise_unet(unet: nn.Module, generator: torch.Generator) -> None:
@@ -40,7 +42,6 @@ def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sample
              device: torch.device) -> LossFunction:  # fmt: skip
     """Noise prediction on stills, captions dropped for one in ten."""
     kept = alphas_cumprod("scaled_linear")
-    finishing = recipe.name == FINISH.name
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, step])
@@ -49,14 +50,15 @@ def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sample
         rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
         # one step from each of `batch` equal stretches of the schedule: less scatter than drawing them freely
         spread = (np.arange(recipe.batch) + rng.random(recipe.batch)) / recipe.batch * len(kept)
-        if finishing:
-            spread[::2] = MIDDLE[0] + spread[::2] / len(kept) * (MIDDLE[1] - MIDDLE[0])
+        if recipe.name in MIDDLE:
+            first, last = MIDDLE[recipe.name]
+            spread[::2] = first + spread[::2] / len(kept) * (last - first)
         steps = torch.from_numpy(spread).long()
         noise = torch.randn(latents.shape, generator=generator)
         noisy = add_noise(latents, noise, kept[steps])
         context = encode(encoder, rows.to(device))
         predicted = predict(unet, noisy.to(device), steps.to(device), context)
-        ceiling = MIDDLE_CEILING if finishing else 1.0 if step < PLAIN_STEPS else CEILING
+        ceiling = MIDDLE_CEILING.get(recipe.name, 1.0 if step < PLAIN_STEPS else CEILING)
         return noise_error(predicted, noise.to(device), kept[steps], ceiling)
 
     return loss_of

@@ -16,15 +16,9 @@ from .latents import Order, Samples
 from .text import Vocabulary, encode
 from .world import FRAMES
 
-ADAPTER_EARLY = Recipe(
-    "adapter_early", steps=200, batch=32, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.98, seed=10
-)
-MOTION_EARLY = Recipe(
-    "motion_early", steps=450, batch=4, learning_rate=1.2e-3, warmup=60, final_rate=0.3, average=0.99, seed=11
-)
-ADAPTER = replace(ADAPTER_EARLY, name="adapter", seed=3)
-MOTION = Recipe("motion", steps=250, batch=4, learning_rate=5e-4, warmup=10, average=0.98, seed=4)
-ZOOM_IN = Recipe("zoom_in", steps=160, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
+ADAPTER = Recipe("adapter", steps=400, batch=32, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.98, seed=3)
+MOTION = Recipe("motion", steps=2000, batch=4, learning_rate=1.2e-3, warmup=60, average=0.995, seed=4)
+ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
 ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
 
 CLIPS = Order("clips", count=900, frames=FRAMES, mark=True, moving=0.85, seed=40)

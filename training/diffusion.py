@@ -32,7 +32,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor) ->
 
 def noise_error(predicted: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor | None = None,
                 ceiling: float = 1.0) -> torch.Tensor:  # fmt: skip
-    """Mean squared error of the predicted noise, in float32; with `kept`, each sample weighted by 1 / kept up to `ceiling`.
+    """Mean squared error of the predicted noise, in float32; with `kept`, samples weigh 1 / kept, at most `ceiling`.
 
     With `ceiling` 1 this is the plain loss of Ho et al. (arXiv 2006.11239, eq. 14). Unbounded, it is the error in the
     velocity of Salimans and Ho (arXiv 2202.00512, appendix D), which gives the noisiest steps, where a caption
