@@ -26,7 +26,7 @@ from ..motion_modules.animatediff.network import MotionModel
 from ..motion_modules.animatediff.spec import V2, MotionSpec
 from ..motion_modules.call import MotionCall
 from ..training.checkpoint import load_weights, read_recipe
-from .unet import CALLS, MotionSlot, block_of, inflated, run_slot
+from .unet import CALLS, MotionSlot, block_of, inflated
 
 TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -176,12 +176,10 @@ def motion_spec() -> MotionSpec:
 @contextmanager
 def motion_in_place(unet: UNetModel, motion: MotionModel, frames: int, attention: Callable) -> Iterator[dict]:
     """While the context lasts `unet` makes video. Yields the transformer options its calls need."""
-    slots = [
-        (block_of(unet, motion.spec, name), MotionSlot(transformer, 0, joint_norm=False))
-        for name, transformer in motion.transformers().items()
-    ]
     device = next(motion.parameters()).device
     positions = torch.arange(frames, dtype=torch.float32, device=device)
     call = MotionCall(frames=frames, positions=positions, attention=attention)
+    slots = [(block_of(unet, motion.spec, name), MotionSlot(transformer, call))
+             for name, transformer in motion.transformers().items()]
     with inflated(unet, slots, [], frames):
-        yield {CALLS: {0: call}, "patches": {"forward_timestep_embed_patch": [(MotionSlot, run_slot)]}}
+        yield {CALLS: {0: call}}

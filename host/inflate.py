@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..motion_modules.animatediff.spec import JointNorms, Schedule
 from ..motion_modules.call import MotionCall
@@ -18,7 +18,7 @@ from ..sampling.frame_values import FrameValues
 from .memory import slab_bytes
 from .motion import MotionModule
 from .schedule import set_schedule
-from .unet import CALLS, MotionSlot, block_of, check_fit, host_affine, inflated, joint_norms, run_slot
+from .unet import CALLS, MotionSlot, block_of, check_fit, host_affine, inflated, joint_norms
 
 KEY = "latentmotion"
 
@@ -45,16 +45,20 @@ class MotionSettings:
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """A motion module with its settings and the layers that will stand in the UNet for it."""
+    """A motion module with its settings."""
 
     module: MotionModule
     settings: MotionSettings
-    slots: dict[str, MotionSlot]
 
     @property
     def joint(self) -> JointNorms:
         variant = self.module.spec.variant
         return variant.joint_as_evolved if self.settings.as_evolved else variant.joint
+
+    def slots(self, unet: Any, call: MotionCall) -> Iterator[tuple[nn.Module, MotionSlot]]:
+        """For one call: every block of the UNet that gets a temporal transformer, and the layer to put there."""
+        for name, transformer in self.module.patcher.model.transformers().items():
+            yield block_of(unet, self.module.spec, name), MotionSlot(transformer, call, self.joint.motion)
 
 
 def apply_motion(model: ModelPatcher, module: MotionModule, settings: MotionSettings) -> ModelPatcher:
@@ -68,12 +72,7 @@ def apply_motion(model: ModelPatcher, module: MotionModule, settings: MotionSett
     if any(motion.module.patcher.model is module.patcher.model for motion in before):
         raise ModelMismatchError(f"{module.name} is already applied to this MODEL. Apply another file, or put all "
                                  "MotionLoRAs on one motion module before applying it.")
-    variant = module.spec.variant
-    joint = (variant.joint_as_evolved if settings.as_evolved else variant.joint).motion
-    slots = {name: MotionSlot(transformer, len(before), joint)
-             for name, transformer in module.patcher.model.transformers().items()}
-    motions = (*before, Motion(module, settings, slots))
-    _install(model, motions)
+    _install(model, (*before, Motion(module, settings)))
     if settings.schedule is not None:
         set_schedule(model, settings.schedule)
     return model
@@ -89,8 +88,6 @@ def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
                           (WrappersMP.CALC_COND_BATCH, publish_window)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
-    if len(motions) == 1:
-        model.set_model_forward_timestep_embed_patch((MotionSlot, run_slot))
     model.set_additional_models(KEY, [motion.module.patcher for motion in motions])
     model.set_attachments(KEY, {"frames": frames})
 
@@ -138,6 +135,10 @@ class Inflation:
 
     motions: tuple[Motion, ...]
 
+    def __deepcopy__(self, memo: dict) -> Inflation:
+        """Immutable, so copies of a run's options share it, and with it the weights."""
+        return self
+
     def __call__(self, executor: Any, x: Tensor, t: Tensor, c_concat: Any = None, c_crossattn: Any = None,
                  control: Any = None, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
         options = transformer_options or {}
@@ -149,11 +150,8 @@ class Inflation:
         if not calls:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         unet = base.diffusion_model
-        slots = [(block_of(unet, motion.module.spec, name), slot)
-                 for number, motion in enumerate(self.motions) if number in calls
-                 for name, slot in motion.slots.items()]
-        norms = [norm for number, motion in enumerate(self.motions) if number in calls
-                 for norm in joint_norms(unet, motion.joint)]
+        slots = [pair for number, call in calls.items() for pair in self.motions[number].slots(unet, call)]
+        norms = [norm for number in calls for norm in joint_norms(unet, self.motions[number].joint)]
         frames = next(iter(calls.values())).frames
         with inflated(unet, slots, norms, frames):
             return executor(x, t, c_concat, c_crossattn, control, {**options, CALLS: calls}, **kwargs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import comfy.ops
@@ -22,26 +21,25 @@ from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ModelMismatchError
 from ..motion_modules.norm import joint_group_norm
 
-CALLS = "latentmotion_calls"
+CALLS = "latentmotion_calls"  # published in transformer_options for wrappers further in; the layers hold their own
 LAYER_NAME = "latentmotion_{}"
 
 
 class MotionSlot(nn.Module):
-    """Stands in a UNet block for one temporal transformer; owns no weights and knows nothing of the run."""
+    """Stands in a UNet block for one temporal transformer during one call; owns no weights.
 
-    def __init__(self, transformer: TemporalTransformer, motion: int, joint_norm: bool) -> None:
+    It carries the call itself: the host's TorchCompileModel may drop every guard on what `transformer_options` hold,
+    and a compiled UNet would then go on with the frames and strengths it was compiled with.
+    """
+
+    def __init__(self, transformer: TemporalTransformer, call: MotionCall, joint_norm: bool = False) -> None:
         super().__init__()
         self.held = (transformer,)  # in a tuple: not a child, so not part of the UNet's state dict
-        self.motion = motion
+        self.call = call
         self.joint_norm = joint_norm
 
-    def forward(self, x: Tensor, calls: dict[int, MotionCall]) -> Tensor:
-        return self.held[0](x, calls[self.motion], self.joint_norm)
-
-
-def run_slot(layer: MotionSlot, x: Tensor, emb: Any, context: Any, transformer_options: dict, *_: Any) -> Tensor:
-    """The host's hook for layers it does not know: hands them this call's settings."""
-    return layer(x, transformer_options[CALLS])
+    def forward(self, x: Tensor) -> Tensor:
+        return self.held[0](x, self.call, self.joint_norm)
 
 
 def _down_levels(unet: UNetModel) -> Iterator[tuple[int, nn.Module]]:
@@ -101,49 +99,64 @@ def _insert(block: nn.Module, slot: MotionSlot, middle: bool) -> None:
     elif isinstance(layers[-1][1], Upsample):
         last -= 1
     # Slots of other motion modules are already there: the order of application is the order on the canvas.
-    layers.insert(last, (LAYER_NAME.format(slot.motion), slot))
+    others = sum(isinstance(layer, MotionSlot) for _, layer in layers)
+    layers.insert(last, (LAYER_NAME.format(others), slot))
     block._modules.clear()
     block._modules.update(layers)
 
 
-def joint_norms(unet: UNetModel, joint: JointNorms) -> Iterator[nn.GroupNorm]:
-    """GroupNorms of the image UNet that must see all frames of a clip."""
+def joint_norms(unet: UNetModel, joint: JointNorms) -> Iterator[tuple[nn.Module, str]]:
+    """GroupNorms of the image UNet that must see all frames of a clip, as (module that holds it, name there)."""
     for module in unet.modules():
         if joint.resnet and isinstance(module, ResBlock):
-            yield module.in_layers[0]
-            yield module.out_layers[0]
+            yield module.in_layers, "0"
+            yield module.out_layers, "0"
         if joint.transformer and isinstance(module, SpatialTransformer):
-            yield module.norm
+            yield module, "norm"
     if joint.out:
-        yield unet.out[0]
+        yield unet.out, "0"
 
 
 def host_affine(norm: nn.GroupNorm, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of one of the host's norms, from wherever the host keeps them."""
-    return comfy.ops.cast_bias_weight(norm, like)
+    weight, bias, lent = comfy.ops.cast_bias_weight(norm, like, offloadable=True)
+    if lent is None:
+        return weight, bias
+    copies = weight.clone(), bias.clone()  # what the host lends has to be given back
+    comfy.ops.uncast_bias_weight(norm, weight, bias, lent)
+    return copies
+
+
+class JointNorm(nn.Module):
+    """Stands for one of the UNet's GroupNorms during one call; takes its statistics over the frames of each clip."""
+
+    def __init__(self, norm: nn.GroupNorm, frames: int) -> None:
+        super().__init__()
+        self.held = (norm,)
+        self.frames = frames
+
+    def forward(self, x: Tensor) -> Tensor:
+        return joint_group_norm(self.held[0], x, self.frames, host_affine)
 
 
 @contextmanager
-def inflated(unet: UNetModel, slots: Iterable[tuple[nn.Module, MotionSlot]], norms: Iterable[nn.GroupNorm],
+def inflated(unet: UNetModel, slots: Iterable[tuple[nn.Module, MotionSlot]], norms: Iterable[tuple[nn.Module, str]],
              frames: int) -> Iterator[None]:
     """Make an image UNet a video UNet while the context lasts; afterwards it is the object it was.
 
     slots: (block of the UNet, slot to put into it). norms: those to compute over all `frames` of a clip.
     """
     saved: list[tuple[nn.Module, dict[str, nn.Module]]] = []
-    patched: list[nn.GroupNorm] = []
     try:
         for block, slot in slots:
             saved.append((block, dict(block._modules)))
             _insert(block, slot, middle=block is unet.middle_block)
-        for norm in norms:
-            if "forward" not in norm.__dict__:
-                patched.append(norm)
-                norm.forward = partial(joint_group_norm, norm, frames=frames, affine=host_affine)
+        for holder, name in list(norms):
+            if not isinstance(holder._modules[name], JointNorm):
+                saved.append((holder, dict(holder._modules)))
+                holder._modules[name] = JointNorm(holder._modules[name], frames)
         yield
     finally:
-        for norm in patched:
-            del norm.__dict__["forward"]
-        for block, modules in reversed(saved):
-            block._modules.clear()
-            block._modules.update(modules)
+        for holder, modules in reversed(saved):
+            holder._modules.clear()
+            holder._modules.update(modules)

@@ -1,0 +1,104 @@
+"""The host's TorchCompileModel takes a MODEL with motion in one graph, and the clip stays the clip.
+
+`torch.compile` runs here without generating code: tracing, guards and the rewriting of in-place work are the real
+ones. The network is the host's with one level, to keep the tracing short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import tiny_host
+import torch
+import torch._dynamo
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.model_patcher import ModelPatcher
+from helpers_motion import inflate, motion_module, relative_error
+from latentmotion.motion_modules.animatediff.spec import V1, V2, Variant
+from latentmotion.sampling.frame_values import FrameValues
+from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
+
+ONE_LEVEL = {
+    "channel_mult": [1],
+    "num_res_blocks": [1],
+    "transformer_depth": [1],
+    "transformer_depth_output": [1, 1],
+}
+FRAMES = 3
+
+
+class Counting:
+    """A backend that counts the graphs it is given, and runs them as they are or as code generation would get them."""
+
+    def __init__(self, rewrite: Callable | None = None) -> None:
+        self.graphs, self.rewrite = 0, rewrite
+
+    def __call__(self, graph: Any, inputs: Any, **_: Any) -> Callable:
+        self.graphs += 1
+        return self.rewrite(graph, inputs) if self.rewrite else graph.forward
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _dynamo_is_set_up() -> None:
+    """torch itself replaces methods of its Module class at the first compilation; the tests watch over them."""
+    torch.compile(torch.nn.Linear(2, 2), backend=Counting())(torch.zeros(1, 2))
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _image() -> ModelPatcher:
+    """With the attention the host takes on a GPU: the one it takes on a CPU breaks the graph by reading free memory."""
+    model = tiny_host.sd15(**ONE_LEVEL)
+    options = model.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda default, *args, **kw: attention_pytorch(*args, **kw)
+    return model
+
+
+def _module(variant: Variant = V2) -> Any:
+    return motion_module(variant=variant, widths=(32,), layers=1)
+
+
+@pytest.mark.parametrize("variant", [V2, V1], ids=["v2", "v1"])
+def test_one_graph_for_all_steps_of_all_runs(variant: Variant, run_node: Callable) -> None:
+    backend = Counting(aot_eager)
+    video = inflate(_image(), _module(variant))
+    eager = tiny_host.sample(video, FRAMES, steps=3)
+    (compiled,) = run_node("TorchCompileModel", model=video, backend=backend)
+    for _ in range(2):
+        assert relative_error(tiny_host.sample(compiled, FRAMES, steps=3), eager) < 1e-5
+    assert backend.graphs == 1
+    assert not counters["graph_break"]
+
+
+SETTINGS = {
+    "as it was compiled": (FRAMES, 2.0, {}),
+    "as many images, more frames": (2 * FRAMES, 1.0, {}),
+    "strength": (FRAMES, 2.0, {"strength": FrameValues(0.5)}),
+    "scale": (FRAMES, 2.0, {"scale": FrameValues(2.0)}),
+}
+
+
+def test_settings_changed_after_compiling_count(run_node: Callable) -> None:
+    """Apply Motion Module behind TorchCompileModel: another setting is not answered with the old graph.
+
+    Newer hosts drop the guards on everything in `transformer_options`.
+    """
+    image, module = _image(), _module()
+    (compiled,) = run_node("TorchCompileModel", model=image, backend=Counting())
+    clips = []
+    for name, (frames, cfg, settings) in SETTINGS.items():
+        eager = tiny_host.sample(inflate(image, module, **settings), frames, steps=1, cfg=cfg)
+        clip = tiny_host.sample(inflate(compiled, module, **settings), frames, steps=1, cfg=cfg)
+        assert relative_error(clip, eager) < 1e-5, name
+        clips.append(clip)
+    assert not counters["graph_break"]
+    assert all(a.shape != b.shape or relative_error(a, b) > 1e-3 for a, b in zip(clips, clips[1:], strict=False))
