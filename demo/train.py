@@ -330,11 +330,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--untrained", action="store_true", help="write every file with the weights it starts from")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mark = arguments.out / "UNTRAINED.txt"
     if arguments.untrained:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        mark.write_text("The files in this folder are untrained stand-ins; training replaces them.\n", encoding="utf-8")
         with tempfile.TemporaryDirectory() as state:
             _run(Untrained(arguments.out, Path(state), device, torch.float32), list(STAGES))
-    else:
-        _run(Workshop(arguments.out, CACHE / "state", device, fast_dtype(device)), arguments.stages)
+        return 0
+    shop = Workshop(arguments.out, CACHE / "state", device, fast_dtype(device))
+    if mark.is_file():
+        for file, _ in STAGES.values():
+            if file(shop).is_relative_to(arguments.out):
+                file(shop).unlink(missing_ok=True)
+        mark.unlink()
+    _run(shop, arguments.stages)
     return 0
 
 
