@@ -152,8 +152,7 @@ class Inflation:
         unet = base.diffusion_model
         slots = [pair for number, call in calls.items() for pair in self.motions[number].slots(unet, call)]
         norms = [norm for number in calls for norm in joint_norms(unet, self.motions[number].joint)]
-        frames = next(iter(calls.values())).frames
-        with inflated(unet, slots, norms, frames):
+        with inflated(unet, slots, norms, _frames_of(list(calls.values()))):
             return executor(x, t, c_concat, c_crossattn, control, {**options, CALLS: calls}, **kwargs)
 
     @staticmethod
@@ -166,6 +165,15 @@ class Inflation:
         sigma = float(t.max())
         first, last = (base.model_sampling.percent_to_sigma(share) for share in (settings.start, settings.end))
         return last < sigma <= first or (settings.end >= 1.0 and sigma <= first)
+
+
+def _frames_of(calls: list[MotionCall]) -> int:
+    """Frames per clip, which modules on one MODEL must agree on: they share the norms that see whole clips."""
+    counts = sorted({call.frames for call in calls})
+    if len(counts) > 1:
+        raise ClipError(f"The motion modules on this MODEL are set to clips of {' and '.join(map(str, counts))} "
+                        "frames. Set frames to the same number on every Apply Motion Module.")
+    return counts[0]
 
 
 def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:

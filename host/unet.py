@@ -12,7 +12,7 @@ from typing import Any
 
 import comfy.ops
 from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel, Upsample
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel, Upsample, VideoResBlock
 from torch import Tensor, nn
 
 from ..motion_modules.animatediff.network import TemporalTransformer
@@ -80,6 +80,9 @@ def check_fit(unet: Any, spec: MotionSpec, name: str) -> None:
     if not isinstance(unet, UNetModel):
         raise ModelMismatchError(f"{name} is a motion module for {spec.family}, and this MODEL is a "
                                  f"{type(unet).__name__}, which has no place for it. Use an SD1.x or SDXL model.")
+    if any(isinstance(module, VideoResBlock) for module in unet.modules()):
+        raise ModelMismatchError(f"{name} is a motion module for image models, and this MODEL makes video by itself "
+                                 "(Stable Video Diffusion). Use an SD1.x or SDXL model.")
     levels = len(spec.per_block("down_blocks")) * (len(spec.per_block("down_blocks")[0]) + 1)
     fits = levels == len(unet.input_blocks)
     for slot, channels in spec.slots:

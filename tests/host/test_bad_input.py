@@ -260,6 +260,17 @@ def test_a_model_that_is_no_unet(image: ModelPatcher, module: MotionModule, run_
         apply(run_node, flow, module)
 
 
+def test_a_model_that_makes_video_by_itself(run_node: Run) -> None:
+    """Stable Video Diffusion has the widths of SD1.5, and time layers of its own."""
+    config = tiny_host.sd15_config(
+        320, 1024, use_temporal_resblock=True, use_temporal_attention=True, num_heads=-1, num_head_channels=64,
+        video_kernel_size=[3, 1, 1], merge_strategy="learned_with_images", merge_factor=0.0,
+        use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=768)
+    svd = full_size(comfy.supported_models.SVD_img2vid, config)
+    with pytest.raises(ModelMismatchError, match="this MODEL makes video by itself .Stable Video Diffusion."):
+        apply(run_node, svd, full_module(specs.SD15_LEVELS, specs.V3, "v3_sd15_mm.ckpt"))
+
+
 # --- clips -------------------------------------------------------------------------------------------------------
 
 def windows(model: ModelPatcher, length: int) -> ModelPatcher:
@@ -296,6 +307,15 @@ def test_impossible_clips(mistake: str, image: ModelPatcher, module: MotionModul
     assert torch.equal(tiny_host.sample(good, 4), tiny_host.sample(apply(run_node, image, module, frames=4), 4))
     comfy.model_management.unload_all_models()
     tiny_host.assert_same_weights(image, before)
+
+
+def test_modules_that_disagree_on_the_clip(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    """Their norms over whole clips could follow one of them only. Zero means the whole batch, so it may agree."""
+    other = motion_module(1, widths=helpers_motion.SMALL_WIDTHS, layers=1, positions=8, variant=specs.V1)
+    video = apply(run_node, apply(run_node, image, module), other, frames=4)
+    assert torch.isfinite(tiny_host.sample(video, 4)).all()
+    with pytest.raises(ClipError, match="set to clips of 4 and 8 frames. Set frames to the same number"):
+        tiny_host.sample(video, 8)
 
 
 def test_zero_frames(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
