@@ -2,11 +2,13 @@
 
     COMFYUI_PATH=... python tests/e2e/draw_workflows.py [NAME ...]
 
-Writes workflows/<name>.json for every layout below (or those named); titles and values are the API graph's.
+Writes workflows/<name>.json for every layout below (or those named); titles and values are the API graph's. Where there
+is no thumbnail yet, it is a picture of the graph (picture_workflows.py makes one of the clip).
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -21,6 +23,8 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from front_end import FrontEnd  # noqa: E402
 from host_server import HostServer  # noqa: E402
+from picture_workflows import save_small  # noqa: E402
+from PIL import Image  # noqa: E402
 
 GAP_X, GAP_Y, BAND_GAP, TITLE, MARGIN = 70, 30, 90, 30, 20
 WIDTH, PROMPT_SIZE, VIDEO_SIZE = 300, (380, 110), (380, 490)
@@ -28,6 +32,7 @@ NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the no
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
 DROPPED_KEYS = {"localized_name", "slot_index"}
+THUMBNAIL_WIDTH = 840
 FRAME = "#3f789e"
 NOTE = "note"
 
@@ -98,6 +103,15 @@ PLACE = """(boxes) => {
         [node.color, node.bgcolor] = colours ?? [undefined, undefined];
     }
     return app.graph.serialize();
+}"""
+# Edges of the nodes and frames on the page, with a margin: left, top, right, bottom.
+SEEN = """() => {
+    const {scale, offset} = app.canvas.ds, around = app.canvas.canvas.getBoundingClientRect();
+    const boxes = [...app.graph.nodes, ...app.graph.groups].map((item) => [...item.pos, ...item.size]);
+    const least = (axis) => Math.min(...boxes.map((box) => box[axis]));
+    const most = (axis) => Math.max(...boxes.map((box) => box[axis] + box[axis + 2]));
+    return [least(0) - 30, least(1) - 60, most(0) + 30, most(1) + 30]
+        .map((place, index) => (place + offset[index % 2]) * scale + (index % 2 ? around.top : around.left));
 }"""
 
 
@@ -182,6 +196,16 @@ def as_text(graph: dict[str, Any]) -> str:
     return "{\n " + ",\n ".join(rows) + "\n}\n"
 
 
+def picture_graph(front_end: FrontEnd, path: Path) -> None:
+    """Open a workflow and save what a person sees of it as its thumbnail."""
+    front_end.open(path)
+    left, top, right, bottom = front_end.evaluate(SEEN)
+    clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
+    seen = Image.open(io.BytesIO(front_end.page.screenshot(clip=clip))).convert("RGB")
+    size = (THUMBNAIL_WIDTH, round(seen.height * THUMBNAIL_WIDTH / seen.width))
+    save_small(seen.resize(size, Image.Resampling.LANCZOS), path.with_suffix(".jpg"))
+
+
 def draw(front_end: FrontEnd, name: str) -> Path:
     """Draw one workflow and write it."""
     prompt = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
@@ -191,6 +215,8 @@ def draw(front_end: FrontEnd, name: str) -> Path:
     graph["groups"] = frames(LAYOUTS[name], boxes)
     path = ROOT / "workflows" / f"{name}.json"
     path.write_text(as_text(tidied(name, graph)), encoding="utf-8")
+    if not path.with_suffix(".jpg").is_file():
+        picture_graph(front_end, path)
     return path
 
 

@@ -45,14 +45,18 @@ def side_by_side(pictures: list[Image.Image], columns: int) -> Image.Image:
     return sheet
 
 
-def save_thumbnail(frames: list[Image.Image], path: Path) -> None:
-    """Four frames from the first to the last, as good as fits."""
-    last = len(frames) - 1
-    sheet = side_by_side([frames[round(last * third / 3)] for third in range(4)], 2)
+def save_small(picture: Image.Image, path: Path) -> None:
+    """Write a JPEG, as good as fits."""
     for quality in range(92, 20, -4):
-        sheet.save(path, quality=quality)
+        picture.save(path, quality=quality)
         if path.stat().st_size <= MOST_BYTES:
             return
+
+
+def save_thumbnail(frames: list[Image.Image], path: Path) -> None:
+    """Four frames from the first to the last."""
+    last = len(frames) - 1
+    save_small(side_by_side([frames[round(last * third / 3)] for third in range(4)], 2), path)
 
 
 def save_clips(clips: list[list[Image.Image]], path: Path) -> None:
