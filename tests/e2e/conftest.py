@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from host_server import HostServer
+from stand_in_controlnet import provide_controlnet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -32,7 +33,9 @@ def host_path() -> Path:
 @pytest.fixture(scope="session")
 def server(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
     """A running server: `server.url`, `server.base` (its models/, input/, output/), `server.run(api_prompt)`."""
-    with HostServer(Path(sys.executable), host_path, tmp_path_factory.mktemp("server")) as running:
+    base = tmp_path_factory.mktemp("server")
+    provide_controlnet(base, host_path)
+    with HostServer(Path(sys.executable), host_path, base) as running:
         yield running
 
 
