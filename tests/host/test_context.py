@@ -43,27 +43,37 @@ def test_frames_kept_apart_are_drawn_as_without_windows(schedule: WindowSchedule
 
 def test_hints_and_masks_follow_the_frame(pair: Pair, run_node: Callable) -> None:
     positive, negative = run_node(
-        "ControlNetApplyAdvanced", positive=tiny_host.conditioning(pair.plain, 1),
-        negative=tiny_host.conditioning(pair.plain, 2), control_net=tiny_host.controlnet(), image=per_frame(1, 64, 64, 3),
-        strength=0.8, start_percent=0.0, end_percent=1.0,
-    )  # fmt: skip
+        "ControlNetApplyAdvanced",
+        positive=tiny_host.conditioning(pair.plain, 1),
+        negative=tiny_host.conditioning(pair.plain, 2),
+        control_net=tiny_host.controlnet(),
+        image=per_frame(1, 64, 64, 3),
+        strength=0.8,
+        start_percent=0.0,
+        end_percent=1.0,
+    )
     positive = [[positive[0][0], positive[0][1] | {"mask": per_frame(2, 8, 8), "mask_strength": 1.0}]]
-    whole, parts = (tiny_host.sample(model, FRAMES, positive=positive, negative=negative)
-                    for model in (pair.plain, windowed(pair.plain)))  # fmt: skip
+    whole, parts = (
+        tiny_host.sample(model, FRAMES, positive=positive, negative=negative)
+        for model in (pair.plain, windowed(pair.plain))
+    )
     assert relative_error(parts, whole) < 1e-4
 
 
 def test_inpainting_mask_follows_the_frame(pair: Pair) -> None:
     mask, start = per_frame(3, 1, 8, 8).round(), per_frame(4, 4, 8, 8)
-    whole, parts = (tiny_host.sample(model, FRAMES, start=start, noise_mask=mask)
-                    for model in (pair.plain, windowed(pair.plain)))  # fmt: skip
+    whole, parts = (
+        tiny_host.sample(model, FRAMES, start=start, noise_mask=mask) for model in (pair.plain, windowed(pair.plain))
+    )
     assert relative_error(parts, whole) < 1e-4
 
 
 @pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "heun", "dpmpp_2m", "ddim", "lcm"])
 def test_samplers_that_look_between_steps(sampler: str, pair: Pair) -> None:
-    whole, parts = (tiny_host.sample(model, FRAMES, sampler=sampler, steps=3)
-                    for model in (pair.plain, windowed(pair.plain, WindowSchedule.UNIFORM)))  # fmt: skip
+    whole, parts = (
+        tiny_host.sample(model, FRAMES, sampler=sampler, steps=3)
+        for model in (pair.plain, windowed(pair.plain, WindowSchedule.UNIFORM))
+    )
     assert relative_error(parts, whole) < 1e-4
 
 
@@ -87,8 +97,13 @@ def _frames_of(args: tuple) -> int:
 
 
 def test_overlap_and_noise_change_the_clip_and_seeds_repeat_it(pair: Pair) -> None:
-    variants = [windowed(pair.video()), windowed(pair.video(), overlap=0), windowed(pair.video(), noise=NoiseKind.SHUFFLED),
-                windowed(pair.video(), noise=NoiseKind.REPEATED), windowed(pair.video(), WindowSchedule.LOOPED)]  # fmt: skip
+    variants = [
+        windowed(pair.video()),
+        windowed(pair.video(), overlap=0),
+        windowed(pair.video(), noise=NoiseKind.SHUFFLED),
+        windowed(pair.video(), noise=NoiseKind.REPEATED),
+        windowed(pair.video(), WindowSchedule.LOOPED),
+    ]
     clips = [tiny_host.sample(model, FRAMES) for model in variants]
     for i, clip in enumerate(clips):
         assert torch.equal(clip, tiny_host.sample(variants[i], FRAMES))
@@ -102,8 +117,12 @@ def test_closed_loop_ties_the_last_frame_to_the_first(pair: Pair) -> None:
         model = windowed(pair.video(), WindowSchedule.LOOPED, plan={"closed_loop": closed})
         clips = []
         for seed in (1, 5):
-            text = torch.cat([tiny_host.conditioning(pair.plain, seed)[0][0],
-                              *(tiny_host.conditioning(pair.plain, 1)[0][0] for _ in range(frames - 1))])  # fmt: skip
+            text = torch.cat(
+                [
+                    tiny_host.conditioning(pair.plain, seed)[0][0],
+                    *(tiny_host.conditioning(pair.plain, 1)[0][0] for _ in range(frames - 1)),
+                ]
+            )
             clips.append(tiny_host.sample(model, frames, steps=1, positive=[[text, {}]]))
         reached[closed] = not torch.equal(clips[0][-1], clips[1][-1])
     assert reached == {False: False, True: True}
@@ -174,8 +193,11 @@ def test_levels_between_steps_belong_to_the_step_before(level: float, step: int)
 def test_memory_is_planned_for_one_window(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     real = comfy.sampler_helpers.estimate_memory
-    monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory",
-                        lambda model, shape, conds, *rest: asked.append(shape[0]) or real(model, shape, conds, *rest))  # fmt: skip
+    monkeypatch.setattr(
+        comfy.sampler_helpers,
+        "estimate_memory",
+        lambda model, shape, conds, *rest: asked.append(shape[0]) or real(model, shape, conds, *rest),
+    )
     tiny_host.sample(windowed(pair.video()), FRAMES, steps=1)
     assert asked == [LENGTH]
 
