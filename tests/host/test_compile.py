@@ -83,7 +83,6 @@ SETTINGS = {
     "as it was compiled": (FRAMES, 2.0, {}),
     "as many images, more frames": (2 * FRAMES, 1.0, {}),
     "strength": (FRAMES, 2.0, {"strength": FrameValues(0.5)}),
-    "scale": (FRAMES, 2.0, {"scale": FrameValues(2.0)}),
 }
 
 

@@ -20,7 +20,7 @@ import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
 from helpers_motion import Pair, inflate, motion_lora, motion_module, relative_error
-from latentmotion.motion_modules.animatediff.spec import V1, V2
+from latentmotion.motion_modules.animatediff.spec import V1, V2, Variant
 from latentmotion.sampling.frame_values import frame_values
 from torch import Tensor
 
@@ -287,10 +287,9 @@ def test_neighbours_read_which_frames_are_sampled(pair: Pair, run_node: Callable
 
 
 @pytest.mark.parametrize("weights", [torch.float8_e4m3fn, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("joint", [False, True])
-def test_low_precision_weights_of_both_models(weights: torch.dtype, joint: bool) -> None:
+@pytest.mark.parametrize("variant", [V2, V1], ids=["v2", "v1"])
+def test_low_precision_weights_of_both_models(weights: torch.dtype, variant: Variant) -> None:
     """Weights stored small and computed in float32 give the clip of the same weights stored large."""
-    variant = V1 if joint else V2
     clips = []
     for stored in (weights, torch.float32):
         image = tiny_host.sd15(dtype=weights, compute_dtype=torch.float32)
@@ -317,21 +316,25 @@ class Cramped(ModelPatcher):
         super().load(device_to, lowvram_model_memory=64 * 1024, force_patch_weights=False, full_load=False)
 
 
-def _cramp(patcher: ModelPatcher) -> ModelPatcher:
-    patcher.__class__ = Cramped
-    return patcher
+class Shrinking(ModelPatcher):
+    """A patcher that is told to give back half of its memory as soon as it is loaded."""
+
+    def load(self, *args: Any, **kw: Any) -> None:
+        super().load(*args, **kw)
+        self.partially_unload(self.offload_device, self.model_size() // 2)
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_partly_loaded_models_with_patches_on_both(joint: bool) -> None:
+@pytest.mark.parametrize("variant", [V2, V1], ids=["v2", "v1"])
+@pytest.mark.parametrize("kind", [Cramped, Shrinking])
+def test_partly_loaded_models_with_patches_on_both(kind: type[ModelPatcher], variant: Variant) -> None:
     """UNet with an image LoRA and motion module with a MotionLoRA, both patched layer by layer as they are used."""
     clips, partly = [], []
-    for cramp in (lambda patcher: patcher, _cramp):
-        image, _ = comfy.sd.load_lora_for_models(cramp(tiny_host.sd15()), None, _norm_patches(), 1.0, 0.0)
-        module = motion_lora(motion_module(variant=V1 if joint else V2))
-        cramp(module.patcher)
-        model = inflate(image, module)
-        clips.append(tiny_host.sample(model, FRAMES))
+    for patcher_class in (ModelPatcher, kind):
+        image, module = tiny_host.sd15(), motion_lora(motion_module(variant=variant))
+        for patcher in (image, module.patcher):
+            patcher.__class__ = patcher_class
+        image, _ = comfy.sd.load_lora_for_models(image, None, _norm_patches(), 1.0, 0.0)
+        clips.append(tiny_host.sample(inflate(image, module), FRAMES))
         partly.append((image.model.model_lowvram, module.patcher.model.model_lowvram))
     assert partly == [(False, False), (True, True)], "the second pair must really be loaded in part"
     assert relative_error(clips[1], clips[0]) < 1e-5
