@@ -27,16 +27,17 @@ def _inputs(model: ModelPatcher) -> dict:
 
 @pytest.mark.parametrize("name", comfy.samplers.SAMPLER_NAMES)
 def test_every_sampler_of_the_host(name: str, pair: Pair) -> None:
+    frames = 2 if name == "dpm_adaptive" else FRAMES  # it takes as many steps as it likes
     try:
-        clip = tiny_host.sample(pair.video(), FRAMES, sampler=name)
+        clip = tiny_host.sample(pair.video(), frames, sampler=name)
     except Exception as ours:
         try:
-            tiny_host.sample(pair.plain, FRAMES, sampler=name)
+            tiny_host.sample(pair.plain, frames, sampler=name)
         except type(ours) as error:
             pytest.skip(f"the host itself cannot run {name} for two steps: {type(error).__name__}: {error}")
         raise
-    assert clip.shape == (FRAMES, 4, 8, 8) and torch.isfinite(clip).all()
-    assert not torch.equal(clip, tiny_host.sample(pair.plain, FRAMES, sampler=name))
+    assert clip.shape == (frames, 4, 8, 8) and torch.isfinite(clip).all()
+    assert not torch.equal(clip, tiny_host.sample(pair.plain, frames, sampler=name))
 
 
 def test_ksampler_node_is_the_same_each_time(pair: Pair, run_node: Callable) -> None:
