@@ -54,6 +54,12 @@ class Workshop:
         """The autoencoder of the first stage: its encoder is final, its decoder is finished by the second."""
         return self.state / "autoencoder.safetensors"
 
+    @property
+    def base(self) -> Path:
+        """The image model that adapter and motion module learn on: the one before `image_polish`, so that both can
+        be trained side by side, and the demo uses its motion module as people do, on a model it was not trained on."""
+        return self.state / "finish"
+
     def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
         return fit(parameters, loss_of, recipe, self.state / f"{recipe.name}.pt", Progress(recipe.name))
 
@@ -157,12 +163,12 @@ def train_image(shop: Workshop) -> None:
 
 def finish_image(shop: Workshop) -> None:
     """The outlines."""
-    _fit_image(shop, Studio.read(shop.state / "image"), image.FINISH, shop.state / "finish")
+    _fit_image(shop, Studio.read(shop.state / "image"), image.FINISH, shop.base)
 
 
 def polish_image(shop: Workshop) -> None:
     """One shape and no second one."""
-    _fit_image(shop, Studio.read(shop.state / "finish"), image.POLISH, shop.out)
+    _fit_image(shop, Studio.read(shop.base), image.POLISH, shop.out)
 
 
 def _fit_image(shop: Workshop, studio: Studio, recipe: Recipe, folder: Path) -> None:
@@ -237,7 +243,7 @@ def _save_changes(path: Path, changes: LowRankSet, weights: dict, published: lis
 
 def train_adapter(shop: Workshop) -> None:
     """Low-rank changes to the image model's attentions that learn how single frames of the clips look."""
-    studio, recipe = Studio.read(shop.out).freeze(shop), motion.ADAPTER
+    studio, recipe = Studio.read(shop.base).freeze(shop), motion.ADAPTER
     layers = demo_models.adapter_layers()
     adapter = LowRankSet(studio.unet, list(layers.values()), config.ADAPTER_RANK)
     samples = motion.single_frames(shop.samples(motion.CLIPS))
@@ -249,7 +255,7 @@ def train_adapter(shop: Workshop) -> None:
 
 def train_motion(shop: Workshop) -> None:
     """The motion module, over the image model with its adapter, on clips."""
-    studio, recipe = Studio.read(shop.out, shop.out / config.ADAPTER_FILE).freeze(shop), motion.MOTION
+    studio, recipe = Studio.read(shop.base, shop.out / config.ADAPTER_FILE).freeze(shop), motion.MOTION
     module = MotionModel(demo_models.motion_spec())
     motion.initialise_motion(module, torch.Generator().manual_seed(recipe.seed))
     shop.place(module)
@@ -313,7 +319,7 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "autoencoder": (lambda shop: shop.encoder, train_autoencoder),
     "decoder": (lambda shop: shop.out / config.VAE_FILE, train_decoder),
     "image": (lambda shop: shop.state / "image" / config.UNET_FILE, train_image),
-    "image_finish": (lambda shop: shop.state / "finish" / config.UNET_FILE, finish_image),
+    "image_finish": (lambda shop: shop.base / config.UNET_FILE, finish_image),
     "image_polish": (lambda shop: shop.out / config.UNET_FILE, polish_image),
     "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
     "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
