@@ -10,6 +10,7 @@ UNET_FILE = "diffusion_models/latentmotion_toy_unet.safetensors"
 CLIP_FILE = "text_encoders/latentmotion_toy_clip.safetensors"
 ADAPTER_FILE = "loras/latentmotion_toy_adapter.safetensors"
 MOTION_FILE = "animatediff_models/latentmotion_toy_motion.safetensors"
+CONTROL_FILE = "controlnet/latentmotion_toy_controlnet.safetensors"
 ZOOM_IN_FILE = "animatediff_motion_lora/latentmotion_toy_zoom_in.safetensors"
 ZOOM_OUT_FILE = "animatediff_motion_lora/latentmotion_toy_zoom_out.safetensors"
 

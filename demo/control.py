@@ -16,12 +16,11 @@ from ..training.diffusion import add_noise, alphas_cumprod, noise_error
 from ..training.loop import Recipe
 from . import world
 from .autoencoder import initialise
-from .image import predict
+from .image import PICTURES, predict
 from .latents import Order, Samples
 from .text import Vocabulary, encode
 
 RECIPE = Recipe("control", steps=900, batch=32, learning_rate=1e-3, warmup=30, weight_decay=0.0, average=0.99, seed=7)
-PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)  # those of the image stage, encoded already
 LOW, HIGH = 0.1, 0.3  # thresholds of the edge finder
 
 

@@ -23,6 +23,7 @@ MIDDLE = {FINISH.name: (200, 700), POLISH.name: (300, 900)}
 MIDDLE_CEILING = {FINISH.name: 4.0, POLISH.name: 8.0}
 PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)
 
+
 def initialise_unet(unet: nn.Module, generator: torch.Generator) -> None:
     """As `initialise`, and every residual branch starts at zero, as its authors have it."""
     initialise(unet, generator)
@@ -32,10 +33,14 @@ def initialise_unet(unet: nn.Module, generator: torch.Generator) -> None:
 
 
 def predict(unet: nn.Module, noisy: torch.Tensor, steps: torch.Tensor, context: torch.Tensor,
-            **options: object) -> torch.Tensor:  # fmt: skip
-    """The UNet's idea of the noise. Shapes: noisy (n, 4, h, w), steps (n,), context (n, 77, c) -> (n, 4, h, w)."""
+            control: dict[str, list[torch.Tensor]] | None = None, **options: object) -> torch.Tensor:  # fmt: skip
+    """The UNet's idea of the noise. Shapes: noisy (n, 4, h, w), steps (n,), context (n, 77, c) -> (n, 4, h, w).
+
+    `control` is what a ControlNet of the host returned; `options` are transformer options.
+    """
     noisy = noisy.to(context.dtype).contiguous(memory_format=torch.channels_last)
-    return unet(noisy, steps, context, transformer_options={"optimized_attention_override": attention, **options})
+    options = {"optimized_attention_override": attention, **options}
+    return unet(noisy, steps, context, control=control, transformer_options=options)
 
 
 def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, samples: Samples, recipe: Recipe,

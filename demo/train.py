@@ -31,7 +31,7 @@ from ..training.checkpoint import load_weights, save_weights
 from ..training.loop import Recipe, fit
 from ..training.lora import LowRankSet
 from ..training.precision import fast_dtype, planar_norms
-from . import autoencoder, config, decoder, image, motion
+from . import autoencoder, config, control, decoder, image, motion
 from .captions import sentences
 from .latents import Order, Samples, obtain
 from .text import Vocabulary
@@ -307,6 +307,19 @@ def _train_zoom(recipe: Recipe, order: Order, file: str, shop: Workshop) -> None
     _save_changes(shop.out / file, changes, weights, layers, asdict(recipe))
 
 
+def train_control(shop: Workshop) -> None:
+    """A ControlNet for edges, on the finished image model."""
+    studio, recipe = Studio.read(shop.out).freeze(shop), control.RECIPE
+    network = demo_models.build_controlnet(load_weights(shop.out / config.UNET_FILE))
+    control.initialise_control(network, torch.Generator().manual_seed(recipe.seed))
+    shop.place(network).dtype = shop.dtype
+    with planar_norms(studio.unet), planar_norms(network):
+        parts = (studio.unet, studio.encoder, studio.vocabulary)
+        loss_of = control.loss_for(network, *parts, shop.samples(image.PICTURES), shop.device, shop.dtype)
+        weights = shop.fit(dict(network.named_parameters()), loss_of, recipe)
+    save_weights(shop.out / config.CONTROL_FILE, weights, asdict(recipe))
+
+
 train_zoom_in = partial(_train_zoom, motion.ZOOM_IN, motion.ZOOM_IN_CLIPS, config.ZOOM_IN_FILE)
 train_zoom_out = partial(_train_zoom, motion.ZOOM_OUT, motion.ZOOM_OUT_CLIPS, config.ZOOM_OUT_FILE)
 
@@ -325,6 +338,7 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
     "zoom_in": (lambda shop: shop.out / config.ZOOM_IN_FILE, train_zoom_in),
     "zoom_out": (lambda shop: shop.out / config.ZOOM_OUT_FILE, train_zoom_out),
+    "control": (lambda shop: shop.out / config.CONTROL_FILE, train_control),
 }
 """Name of each stage, the file it leaves, and what it does."""
 

@@ -22,7 +22,7 @@ def register_folders() -> None:
         folder_paths.add_model_folder_path(name, str(Path(folder_paths.models_dir) / name))
         folders, extensions = folder_paths.folder_names_and_paths[name]
         folder_paths.folder_names_and_paths[name] = (folders, extensions or folder_paths.supported_pt_extensions)
-    for name in (MOTION_MODULES, MOTION_LORAS, "loras"):
+    for name in (MOTION_MODULES, MOTION_LORAS, "loras", "controlnet"):
         if (DEMO_WEIGHTS / name).is_dir():
             folder_paths.add_model_folder_path(name, str(DEMO_WEIGHTS / name))
 
