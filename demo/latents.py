@@ -13,6 +13,8 @@ from ..training.checkpoint import load_weights, read_recipe, save_weights
 from . import world
 from .captions import Words, sentences
 
+OPENING = 3  # frames at the beginning of a clip
+
 Encoder = Callable[[torch.Tensor], torch.Tensor]
 """Pictures (n, h, w, 3) in [0, 1] to scaled latents (n, 4, h/8, w/8)."""
 
@@ -45,6 +47,18 @@ class Order:
         if self.frames == 1:
             return words, world.still(words, rng, mark=self.mark)
         return words, world.clip(words, rng, self.frames, zoom=self.zoom, mark=self.mark)
+
+
+class Openings(Order):
+    """Stills composed as clips begin: where a caption has a direction, the shape stands where it will set out."""
+
+    def scene(self, index: int) -> tuple[Words, world.Scene]:
+        rng = np.random.default_rng([self.seed, index])
+        choices = sentences("train", moving=rng.random() < self.moving)
+        words = choices[rng.integers(len(choices))]
+        if words.direction is None:
+            return words, world.still(words, rng, mark=self.mark)
+        return words, world.clip(words, rng, mark=self.mark)[[rng.integers(OPENING)]]
 
 
 def obtain(order: Order, encode: Encoder, folder: Path, stamp: str, batch: int = 64) -> Samples:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ class Vocabulary:
     def unknown(self) -> int:
         return len(self.tokens)
 
+    def number(self, token: int) -> int:
+        return self._number[token]
+
     def rows(self, texts: list[str], rng: np.random.Generator | None = None) -> torch.Tensor:
         """Numbers of the tokens of each text, (n, 77). With `rng`, some captions are dropped and some get strangers."""
         out = np.full((len(texts), LENGTH), self._number[END])
@@ -50,6 +53,19 @@ class Vocabulary:
         table = encoder.get_input_embeddings()
         small = nn.Embedding(len(self.tokens) + 1, table.embedding_dim, dtype=table.weight.dtype)
         encoder.set_input_embeddings(small)
+
+
+@torch.no_grad()
+def stress(encoder: nn.Module, vocabulary: Vocabulary, words: Iterable[str], tokenize: Tokenizer, norm: float) -> None:
+    """Lengthen the vectors of `words` in the token table, in place, to `norm`.
+
+    A text encoder that learned from pictures alone tells words apart as far as pictures did; of words that meant
+    nothing there, little is left behind its last layer, and little gradient comes back.
+    """
+    table = encoder.get_input_embeddings().weight
+    for word in words:
+        row = vocabulary.number(tokenize(word)[0])
+        table[row] *= norm / table[row].norm()
 
 
 def encode(encoder: nn.Module, rows: torch.Tensor) -> torch.Tensor:

@@ -32,9 +32,9 @@ from ..training.loop import Recipe, fit
 from ..training.lora import LowRankSet
 from ..training.precision import fast_dtype, planar_norms
 from . import autoencoder, config, control, decoder, image, motion
-from .captions import sentences
-from .latents import Order, Samples, obtain
-from .text import Vocabulary
+from .captions import DIRECTIONS, sentences
+from .latents import OPENING, Order, Samples, obtain
+from .text import Vocabulary, stress
 from .world import FRAMES
 
 CACHE = Path.home() / ".cache" / "latentmotion" / "train"
@@ -53,12 +53,6 @@ class Workshop:
     def encoder(self) -> Path:
         """The autoencoder of the first stage: its encoder is final, its decoder is finished by the second."""
         return self.state / "autoencoder.safetensors"
-
-    @property
-    def base(self) -> Path:
-        """The image model that adapter and motion module learn on: the one before `image_polish`, so that both can
-        be trained side by side, and the demo uses its motion module as people do, on a model it was not trained on."""
-        return self.state / "finish"
 
     def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
         return fit(parameters, loss_of, recipe, self.state / f"{recipe.name}.pt", Progress(recipe.name))
@@ -163,22 +157,32 @@ def train_image(shop: Workshop) -> None:
 
 def finish_image(shop: Workshop) -> None:
     """The outlines."""
-    _fit_image(shop, Studio.read(shop.state / "image"), image.FINISH, shop.base)
+    _fit_image(shop, Studio.read(shop.state / "image"), image.FINISH, shop.state / "finish")
 
 
 def polish_image(shop: Workshop) -> None:
     """One shape and no second one."""
-    _fit_image(shop, Studio.read(shop.base), image.POLISH, shop.out)
+    _fit_image(shop, Studio.read(shop.state / "finish"), image.POLISH, shop.state / "polish")
 
 
-def _fit_image(shop: Workshop, studio: Studio, recipe: Recipe, folder: Path) -> None:
+def compose_image(shop: Workshop) -> None:
+    """Where a shape that is to move stands: without this the words for directions mean nothing to the image model,
+    and no motion module can read them from it."""
+    studio = Studio.read(shop.state / "polish")
+    stress(studio.encoder, studio.vocabulary, DIRECTIONS, demo_models.tokenizer(), image.STRESS)
+    _fit_image(shop, studio, image.COMPOSE, shop.out, image.OPENINGS)
+
+
+def _fit_image(
+    shop: Workshop, studio: Studio, recipe: Recipe, folder: Path, pictures: Order = image.PICTURES
+) -> None:
     encoder, unet, vocabulary = studio.encoder, studio.unet, studio.vocabulary
     shop.place(encoder), shop.place(unet)
     unet.dtype = shop.dtype
     encoder.text_projection.requires_grad_(False)  # the host wants it; the demo's UNet reads the hidden states
     networks = nn.ModuleDict({"unet": unet, "encoder": encoder})
     parameters = {name: p for name, p in networks.named_parameters() if p.requires_grad}
-    samples = shop.samples(image.PICTURES)
+    samples = shop.samples(pictures)
     with planar_norms(unet):
         weights = shop.fit(parameters, image.loss_for(unet, encoder, vocabulary, samples, recipe, shop.device), recipe)
     weights["encoder.text_projection.weight"] = torch.eye(config.TEXT_WIDTH)
@@ -242,22 +246,35 @@ def _save_changes(path: Path, changes: LowRankSet, weights: dict, published: lis
 
 
 def train_adapter(shop: Workshop) -> None:
-    """Low-rank changes to the image model's attentions that learn how single frames of the clips look."""
-    studio, recipe = Studio.read(shop.base).freeze(shop), motion.ADAPTER
+    """Low-rank changes to the image model's attentions that learn how single frames of the clips look.
+
+    First frames, which are composed as the stills are: of later ones it would learn that the direction says nothing
+    about the place, and the motion module, trained with it in place, would never see the direction.
+    """
+    studio, recipe = Studio.read(shop.out).freeze(shop), motion.ADAPTER
     layers = demo_models.adapter_layers()
     adapter = LowRankSet(studio.unet, list(layers.values()), config.ADAPTER_RANK)
-    samples = motion.single_frames(shop.samples(motion.CLIPS))
+    samples = motion.single_frames(shop.samples(motion.CLIPS), OPENING)
     with planar_norms(studio.unet), adapter.on(studio.unet):
         loss_of = studio.loss(shop, samples, recipe, "scaled_linear", {})
         weights = shop.fit(dict(adapter.named_parameters()), loss_of, recipe)
     _save_changes(shop.out / config.ADAPTER_FILE, adapter, weights, list(layers), asdict(recipe))
 
 
-def train_motion(shop: Workshop) -> None:
-    """The motion module, over the image model with its adapter, on clips."""
-    studio, recipe = Studio.read(shop.base, shop.out / config.ADAPTER_FILE).freeze(shop), motion.MOTION
+def cohere_motion(shop: Workshop) -> None:
+    """A motion module, over the image model with its adapter, on clips: first what their frames have in common."""
     module = MotionModel(demo_models.motion_spec())
-    motion.initialise_motion(module, torch.Generator().manual_seed(recipe.seed))
+    motion.initialise_motion(module, torch.Generator().manual_seed(motion.COHERE.seed))
+    _fit_motion(shop, module, motion.COHERE, shop.state)
+
+
+def train_motion(shop: Workshop) -> None:
+    """Then where the shape is in each of them."""
+    _fit_motion(shop, read_motion(shop.state), motion.MOTION, shop.out)
+
+
+def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Path) -> None:
+    studio = Studio.read(shop.out, shop.out / config.ADAPTER_FILE).freeze(shop)
     shop.place(module)
     samples = shop.samples(motion.CLIPS)
     with (
@@ -267,7 +284,7 @@ def train_motion(shop: Workshop) -> None:
     ):
         loss_of = studio.loss(shop, samples, recipe, "linear", options)
         weights = shop.fit(dict(module.named_parameters()), loss_of, recipe)
-    save_weights(shop.out / config.MOTION_FILE, weights | _tables(module), asdict(recipe))
+    save_weights(folder / config.MOTION_FILE, weights | _tables(module), asdict(recipe))
 
 
 def read_motion(folder: Path) -> MotionModel:
@@ -332,9 +349,11 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "autoencoder": (lambda shop: shop.encoder, train_autoencoder),
     "decoder": (lambda shop: shop.out / config.VAE_FILE, train_decoder),
     "image": (lambda shop: shop.state / "image" / config.UNET_FILE, train_image),
-    "image_finish": (lambda shop: shop.base / config.UNET_FILE, finish_image),
-    "image_polish": (lambda shop: shop.out / config.UNET_FILE, polish_image),
+    "image_finish": (lambda shop: shop.state / "finish" / config.UNET_FILE, finish_image),
+    "image_polish": (lambda shop: shop.state / "polish" / config.UNET_FILE, polish_image),
+    "image_compose": (lambda shop: shop.out / config.UNET_FILE, compose_image),
     "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
+    "motion_cohere": (lambda shop: shop.state / config.MOTION_FILE, cohere_motion),
     "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
     "zoom_in": (lambda shop: shop.out / config.ZOOM_IN_FILE, train_zoom_in),
     "zoom_out": (lambda shop: shop.out / config.ZOOM_OUT_FILE, train_zoom_out),
