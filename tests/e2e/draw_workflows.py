@@ -72,7 +72,7 @@ LAYOUTS = {
         (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8, 9), (10,)),),
         "**Long clip**\n\n*Sliding Context* samples clips longer than the motion module knows, here 40 frames with a "
         "module of 16: window by window, and where windows overlap they are averaged. The memory is that of one "
-        "window, however large batch_size is.\n\nMore overlap is smoother and slower; the picture on the node shows it.",
+        "window, however large batch_size is.\n\nThe picture on the node shows the windows. More overlap is smoother.",
     ),
     "prompt_travel": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11, 12), (7,), (8, 9), (10,)),),
