@@ -36,12 +36,14 @@ def borders(windows: list[Window], frames: int) -> set[int]:
 def seam_ratio(readings: list[oracle.Reading], seams: set[int]) -> float:
     """Largest jump into a frame of `seams` over the median jump into any other.
 
-    A frame without a shape counts as a jump across the picture; a shape that stands still moves 0.01 pixels.
+    A lost shape counts as a jump across the picture at a seam, and does not count elsewhere; 0.01 pixels is the least.
     """
     centres = np.array([reading.centre for reading in readings])
-    jumps = np.nan_to_num(np.hypot(*np.diff(centres, axis=0).T), nan=float(world.SIZE))
+    jumps = np.hypot(*np.diff(centres, axis=0).T)
     at_seam = np.array([frame in seams for frame in range(1, len(readings))])
-    return float(jumps[at_seam].max() / max(np.median(jumps[~at_seam]), 0.01))
+    elsewhere = jumps[~at_seam & np.isfinite(jumps)]
+    largest = np.nan_to_num(jumps[at_seam], nan=float(world.SIZE)).max()
+    return float(largest / max(np.median(elsewhere) if len(elsewhere) else 0.0, 0.01))
 
 
 def judge(made: list[Clip], seams: set[int]) -> dict[str, float]:
