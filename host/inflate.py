@@ -106,7 +106,7 @@ def publish_window(executor: Callable, model: Any, conds: Any, x: Tensor, timest
     """Tell neighbouring packs which frames of the clip the coming call works on."""
     timestep = timestep.expand(x.shape[0])
     options = model_options.get("transformer_options", {})
-    indices = _window_indices(options)
+    indices = window_indices(options)
     if indices is not None:
         params = {"full_length": x.shape[0], **options.get("ad_params", {}), "context_length": len(indices),
                   "sub_idxs": indices}
@@ -118,7 +118,7 @@ def _with(model_options: dict, extra: dict) -> dict:
     return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), **extra}}
 
 
-def _window_indices(transformer_options: dict) -> list[int] | None:
+def window_indices(transformer_options: dict) -> list[int] | None:
     """Frames of the clip in the call, with the frame some hosts put before a window (and cut off afterwards)."""
     window = transformer_options.get("context_window")
     return None if window is None else [*_anchor(window), *window.index_list]
@@ -180,7 +180,7 @@ def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
     """Work out frames, positions and per-frame values of one call from the batch the host made."""
     settings, spec = motion.settings, motion.module.spec
     images = x.shape[0] // max(1, len(options.get("cond_or_uncond", (0,))))
-    indices = _window_indices(options)
+    indices = window_indices(options)
     frames = settings.frames if settings.frames and indices is None else images
     extra = len(_anchor(options["context_window"])) if indices is not None else 0
     _check_frames(frames, images, motion, indices is not None, extra)

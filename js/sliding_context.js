@@ -34,7 +34,8 @@ app.registerExtension({
         return result;
       };
     }
-    node.addDOMWidget("windows", "latentmotion_windows", element, { serialize: false, getMinHeight: () => 90 });
+    const widget = node.addDOMWidget("windows", "latentmotion_windows", element, { serialize: false, getMinHeight: () => 90 });
+    widget.serialize = false; // the option alone keeps it out of prompts only, not out of saved workflows
     const configured = node.onConfigure;
     node.onConfigure = function (...args) {
       configured?.apply(this, args);

@@ -27,7 +27,8 @@ from picture_workflows import save_small  # noqa: E402
 from PIL import Image  # noqa: E402
 
 GAP_X, GAP_Y, BAND_GAP, TITLE, MARGIN = 70, 30, 90, 30, 20
-WIDTH, PROMPT_SIZE, VIDEO_SIZE = 300, (380, 110), (380, 490)
+WIDTH, PROMPT_SIZE = 300, (380, 110)
+SIZES = {"SaveVideo": (380, 490), "LatentMotionPromptTravel": (380, 230), "PreviewAny": (380, 220)}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
@@ -66,6 +67,18 @@ LAYOUTS = {
         "**Image LoRA and motion**\n\nLoRAs for the image model are loaded before the motion module is applied. The "
         "one here is the demo's domain adapter: at strength 1 it brings back the look of the training clips, with "
         "their overlay; at 0 the clip is clean.",
+    ),
+    "long_clip": Layout(
+        (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8, 9), (10,)),),
+        "**Long clip**\n\n*Sliding Context* samples clips longer than the motion module knows, here 40 frames with a "
+        "module of 16: window by window, and where windows overlap they are averaged. The memory is that of one "
+        "window, however large batch_size is.\n\nThe picture on the node shows the windows. More overlap is smoother.",
+    ),
+    "prompt_travel": Layout(
+        (((NOTE, 1, 2), (4, 5, 6), (3, 11, 12), (7,), (8, 9), (10,)),),
+        "**Prompt travel**\n\nEach line of *Prompt Travel* says what one frame shows; the frames between two lines are "
+        "mixed. Here a red circle turns into a green square from frame 8 to frame 24.\n\nAfter a run, the table lists "
+        "what every frame sees. The negative prompt is a CLIP Text Encode as always.",
     ),
     "image_to_video": Layout(
         (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
@@ -127,8 +140,8 @@ def box_of(kind: str, title: str, width: float, height: float, note: str) -> dic
         return {"size": (NOTE_WIDTH, note_height(note)), "colours": BROWN}
     if kind == "CLIPTextEncode":
         return {"size": PROMPT_SIZE, "colours": PROMPT_COLOURS.get(title, GREEN)}
-    if kind == "SaveVideo":
-        return {"size": VIDEO_SIZE}
+    if kind in SIZES:
+        return {"size": SIZES[kind], "colours": GREEN if kind == "LatentMotionPromptTravel" else None}
     return {"size": (max(WIDTH, width), height)}
 
 

@@ -1,0 +1,117 @@
+"""How long clips hold together where the windows of Sliding Context meet, beside separate clips butted together.
+
+Clips of 96 frames from the demo's module of 16. A border is where the windows that see a frame are others than those
+that see the frame before, at the last sampling step. A jump is the way of the shape's centre from one frame to the
+next; the ratio is the largest jump at a border over the median jump elsewhere, its median over the clips.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from ..demo import config, oracle, world
+from ..demo.captions import Words
+from ..host.context import SlidingContext, apply_context
+from ..sampling.fuse import FuseMethod
+from ..sampling.windows import Window, WindowPlan, WindowSchedule
+from .side_by_side import device_name, report
+from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
+
+Clip = tuple[Words, list[oracle.Reading]]
+
+
+def borders(windows: list[Window], frames: int) -> set[int]:
+    """Frames f > 0 that some window sees without f - 1, or the other way round."""
+    seen = [{number for number, window in enumerate(windows) if f in set(window)} for f in range(frames)]
+    return {f for f in range(1, frames) if seen[f] != seen[f - 1]}
+
+
+def seam_ratio(readings: list[oracle.Reading], seams: set[int]) -> float:
+    """Largest jump into a frame of `seams` over the median jump into any other.
+
+    A lost shape counts as a jump across the picture at a seam, and does not count elsewhere; 0.01 pixels is the least.
+    """
+    centres = np.array([reading.centre for reading in readings])
+    jumps = np.hypot(*np.diff(centres, axis=0).T)
+    at_seam = np.array([frame in seams for frame in range(1, len(readings))])
+    elsewhere = jumps[~at_seam & np.isfinite(jumps)]
+    largest = np.nan_to_num(jumps[at_seam], nan=float(world.SIZE)).max()
+    return float(largest / max(np.median(elsewhere) if len(elsewhere) else 0.0, 0.01))
+
+
+def judge(made: list[Clip], seams: set[int]) -> dict[str, float]:
+    """Shape and colour right in every frame; how far the shape jumps where windows meet."""
+    right = [all((r.shape, r.colour) == (w.shape, w.colour) and not r.fault for r in readings) for w, readings in made]
+    return {
+        "caption_right": float(np.mean(right)),
+        "seam_ratio": float(median(seam_ratio(readings, seams) for _, readings in made)),
+    }
+
+
+def long_clips(bench: Bench, context: SlidingContext, count: int, frames: int) -> list[Clip]:
+    """Clips sampled in windows, one unseen caption and seed each."""
+    model = apply_context(bench.video(), context)
+    asked = enumerate(captions("test", True, count))
+    return [(words, bench.sample(model, words, FIRST_SEED + i, frames)) for i, words in asked]
+
+
+def butted_clips(bench: Bench, length: int, count: int, frames: int) -> list[Clip]:
+    """As many frames of the same caption from separate clips, each with a seed of its own, end to end."""
+    model, made = bench.video(), []
+    for i, words in enumerate(captions("test", True, count)):
+        parts = [bench.sample(model, words, FIRST_SEED + 1000 * part + i, length) for part in range(frames // length)]
+        made.append((words, [reading for readings in parts for reading in readings]))
+    return made
+
+
+def seams_of(plan: WindowPlan, frames: int) -> set[int]:
+    return borders(plan.windows(frames, STEPS - 1), frames)
+
+
+def measure(bench: Bench, count: int, frames: int) -> dict[str, float]:
+    """Sliding Context as it comes, and separate clips."""
+    context = SlidingContext()
+    found = judge(long_clips(bench, context, count, frames), seams_of(context.plan, frames))
+    length = context.plan.length
+    naive = judge(butted_clips(bench, length, count, frames), set(range(length, frames, length)))
+    figures = {f"context.{name}": value for name, value in found.items()}
+    return figures | {f"context.naive_{name}": value for name, value in naive.items()}
+
+
+def compare(bench: Bench, count: int, frames: int) -> dict[str, float]:
+    """Every schedule with every fuse method, printed as a table."""
+    figures = {}
+    print(f"  {'schedule':18} {'fuse':16} {'caption right':>14} {'seam ratio':>12} {'seconds':>8}")
+    for schedule, fuse in itertools.product(WindowSchedule, FuseMethod):
+        start, plan = time.monotonic(), WindowPlan(schedule)
+        found = judge(long_clips(bench, SlidingContext(plan, fuse), count, frames), seams_of(plan, frames))
+        shown = f"{found['caption_right']:14.2f} {found['seam_ratio']:12.2f} {time.monotonic() - start:8.0f}"
+        print(f"  {schedule.value:18} {fuse.value:16} {shown}", flush=True)
+        prefix = f"context.{schedule.value.replace(' ', '_')}.{fuse.value.replace('-', '_')}"
+        figures |= {f"{prefix}.{name}": value for name, value in found.items()}
+    return figures
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench context", description=__doc__)
+    parser.add_argument("--clips", type=int, default=10, help="long clips the three figures are taken over")
+    parser.add_argument("--table-clips", type=int, default=1, help="and each row of the table; 0 leaves it out")
+    parser.add_argument("--frames", type=int, default=96, help="frames of a long clip, a multiple of 16")
+    parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
+    parser.add_argument("--json", help="write the figures to this file")
+    args = parser.parse_args(argv)
+    print(f"{args.clips} clips of {args.frames} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
+    with torch.inference_mode():
+        bench = Bench.open(args.weights)
+        figures = measure(bench, args.clips, args.frames) if args.clips else {}
+        if args.table_clips:
+            figures |= compare(bench, args.table_clips, args.frames)
+    report(figures, args.json)
+    return 0
