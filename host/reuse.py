@@ -29,8 +29,19 @@ from .conditioning import ControlSlices, cut_conds
 from .context import ContextWindow
 
 KEY = "latentmotion_reuse"
-ONE_STEP_SAMPLERS = ("euler", "euler_cfg_pp", "heun", "dpm_2", "euler_ancestral", "euler_ancestral_cfg_pp",
-                     "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_2s_ancestral_cfg_pp", "ddpm", "lcm")
+ONE_STEP_SAMPLERS = (
+    "euler",
+    "euler_cfg_pp",
+    "heun",
+    "dpm_2",
+    "euler_ancestral",
+    "euler_ancestral_cfg_pp",
+    "dpm_2_ancestral",
+    "dpmpp_2s_ancestral",
+    "dpmpp_2s_ancestral_cfg_pp",
+    "ddpm",
+    "lcm",
+)
 """Sampler functions of the host whose every step starts from x alone; `ddim` is the host's `euler`."""
 COUNT_STEPS = ("s_churn", "s_noise_end")  # options whose effect depends on the number of steps of a call
 
@@ -67,8 +78,10 @@ class ReuseRun:
         check_clips(self.reuse, noise)
         check_sampler(sampler)
         if executor.class_obj.model_options.get("context_handler") is not None:
-            raise ClipError("This MODEL has context windows as well as Reuse and Diffuse, which are two ways to make a "
-                            "long clip. Take one of the two nodes off it.")
+            raise ClipError(
+                "This MODEL has context windows as well as Reuse and Diffuse, which are two ways to make a "
+                "long clip. Take one of the two nodes off it."
+            )
         if self.former is not None:
             check_former(self.reuse, self.former, noise)
         return executor(noise, latent_image, ClipByClip(sampler, self.reuse, self.former), *args, **kw)
@@ -82,13 +95,17 @@ def check_clips(reuse: Reuse, noise: Tensor) -> None:
     """Raises ClipError unless the batch is a whole number of clips."""
     frames = noise.shape[0]
     if noise.ndim != 4:
-        raise ClipError("Reuse and Diffuse needs latents with a frame each. This model's have a time axis, one latent "
-                        "for several frames, and cannot be reversed. Take the node off the MODEL.")
+        raise ClipError(
+            "Reuse and Diffuse needs latents with a frame each. This model's have a time axis, one latent "
+            "for several frames, and cannot be reversed. Take the node off the MODEL."
+        )
     if frames == 0 or frames % reuse.length:
         near = max(1, round(frames / reuse.length)) * reuse.length
-        raise ClipError(f"The batch holds {frames} frames, which is no whole number of clips of {reuse.length}. Set "
-                        f"batch_size of the Empty Latent Image node to {near}, or change clip_length on Reuse and "
-                        "Diffuse.")
+        raise ClipError(
+            f"The batch holds {frames} frames, which is no whole number of clips of {reuse.length}. Set "
+            f"batch_size of the Empty Latent Image node to {near}, or change clip_length on Reuse and "
+            "Diffuse."
+        )
 
 
 def check_sampler(sampler: Any) -> None:
@@ -96,12 +113,16 @@ def check_sampler(sampler: Any) -> None:
     name = sampler_name(sampler)
     known = ", ".join(sorted((*ONE_STEP_SAMPLERS, "ddim")))
     if name not in ONE_STEP_SAMPLERS:
-        raise ModelMismatchError(f"Reuse and Diffuse cannot lead a clip with the sampler {name}: it remembers earlier "
-                                 f"steps or places its own, which replaced states would spoil. Choose one of {known}.")
+        raise ModelMismatchError(
+            f"Reuse and Diffuse cannot lead a clip with the sampler {name}: it remembers earlier "
+            f"steps or places its own, which replaced states would spoil. Choose one of {known}."
+        )
     for option in COUNT_STEPS:
         if sampler.extra_options.get(option):
-            raise ModelMismatchError(f"Reuse and Diffuse takes the steps of the sampler {name} one by one, and its "
-                                     f"setting {option} spreads over all of them. Set {option} to 0.")
+            raise ModelMismatchError(
+                f"Reuse and Diffuse takes the steps of the sampler {name} one by one, and its "
+                f"setting {option} spreads over all of them. Set {option} to 0."
+            )
 
 
 def sampler_name(sampler: Any) -> str:
@@ -114,12 +135,16 @@ def check_former(reuse: Reuse, former: Tensor, noise: Tensor) -> None:
     """Raises ClipError unless the first clip can be led by this one."""
     if former.shape[1:] != noise.shape[1:]:
         found, wanted = ("x".join(map(str, x.shape[1:])) for x in (former, noise))
-        raise ClipError(f"The latent at continue_from has frames of {found} (channels, height, width) and the one at "
-                        f"the sampler {wanted}. Make the new clip as large as the one it continues.")
+        raise ClipError(
+            f"The latent at continue_from has frames of {found} (channels, height, width) and the one at "
+            f"the sampler {wanted}. Make the new clip as large as the one it continues."
+        )
     if former.shape[0] < reuse.prompt_frames:
-        raise ClipError(f"The latent at continue_from has {former.shape[0]} frames, fewer than the "
-                        f"{reuse.prompt_frames} prompt_frames that lead the new clip. Lower prompt_frames, or connect "
-                        "the whole clip.")
+        raise ClipError(
+            f"The latent at continue_from has {former.shape[0]} frames, fewer than the "
+            f"{reuse.prompt_frames} prompt_frames that lead the new clip. Lower prompt_frames, or connect "
+            "the whole clip."
+        )
 
 
 @dataclass(eq=False)
@@ -130,8 +155,17 @@ class ClipByClip(comfy.samplers.Sampler):
     reuse: Reuse
     former: Tensor | None = None
 
-    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Callable | None, noise: Tensor,
-               latent_image: Tensor, denoise_mask: Tensor | None = None, disable_pbar: bool = False) -> Tensor:
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: dict,
+        callback: Callable | None,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
         """As the host's samplers: from noise of unit variance and latents, (clips N, c, h, w), to latents."""
         n, steps = self.reuse.length, len(sigmas) - 1
         # Without noise this run goes on from one that ended early: its frames are on their way and not led again.
@@ -165,8 +199,15 @@ class ClipByClip(comfy.samplers.Sampler):
         """The host's sampler with its loop over the steps replaced by ours."""
         function = self.inner.sampler_function
 
-        def run(model: Any, x: Tensor, sigmas: Tensor, extra_args: dict, callback: Callable | None = None,
-                disable: bool = False, **options: Any) -> Tensor:
+        def run(
+            model: Any,
+            x: Tensor,
+            sigmas: Tensor,
+            extra_args: dict,
+            callback: Callable | None = None,
+            disable: bool = False,
+            **options: Any,
+        ) -> Tensor:
             if "noise_sampler" in inspect.signature(function).parameters and options.get("noise_sampler") is None:
                 draw = comfy.k_diffusion.sampling.default_noise_sampler(x, seed=extra_args.get("seed"))
                 options["noise_sampler"] = draw  # one for all steps, or each would draw the same
@@ -174,8 +215,9 @@ class ClipByClip(comfy.samplers.Sampler):
             def step(x: Tensor, s: int) -> Tensor:
                 comfy.model_management.throw_exception_if_processing_interrupted()
                 heard = callback and (lambda info: callback({**info, "i": s}))
-                x = function(model, x, sigmas[s : s + 2], extra_args=dict(extra_args), callback=heard, disable=True,
-                             **options)
+                x = function(
+                    model, x, sigmas[s : s + 2], extra_args=dict(extra_args), callback=heard, disable=True, **options
+                )
                 bar.update()
                 return x
 

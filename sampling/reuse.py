@@ -49,8 +49,10 @@ class Reuse:
         if self.length < 1:
             raise PlanError(f"clip_length is {self.length}; a clip needs at least 1 frame.")
         if not 0 <= self.prompt_frames <= self.length:
-            raise PlanError(f"prompt_frames is {self.prompt_frames} and must lie between 0 and clip_length, "
-                            f"{self.length}. A quarter of it is usual.")
+            raise PlanError(
+                f"prompt_frames is {self.prompt_frames} and must lie between 0 and clip_length, "
+                f"{self.length}. A quarter of it is usual."
+            )
         if not self.alpha >= 0.0 or math.isinf(self.alpha):
             raise PlanError(f"alpha is {self.alpha}; it must be 0 (fresh noise) or a number above it.")
         if not 0.0 <= self.beta <= 1.0:
