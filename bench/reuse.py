@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,20 @@ def settings(only: list[str]) -> Iterator[tuple[str, Reuse]]:
     for name in (name for name in ABLATION if name in only):
         field, values = ABLATION[name]
         yield from ((f"{name}_{value:g}", replace(PAPER, **{field: value})) for value in values)
+
+
+def remembering(model: Any) -> Any:
+    """A clone that computes nothing twice: the first clip of a video is the same for every row."""
+    model, known = model.clone(), {}
+
+    def call(apply_model: Callable, given: dict) -> Tensor:
+        key = (given["input"].cpu().numpy().tobytes(), float(given["timestep"][0]), tuple(given["cond_or_uncond"]))
+        if key not in known:
+            known[key] = apply_model(given["input"], given["timestep"], **given["c"])
+        return known[key].clone()
+
+    model.set_model_unet_function_wrapper(call)
+    return model
 
 
 def make(bench: Bench, model: Any, words: Words, seed: int) -> Tensor:
@@ -113,7 +127,27 @@ def store_bytes() -> dict[str, float]:
     return {"reuse.store_bytes": float(states.bytes), "reuse.store_share": states.bytes / whole}
 
 
-HEAD = f"{'':12}{'seam/naive':>12}{'px/naive':>12}{'latent jump':>12}{'px jump':>12}{'replay':>12}{'caption':>12}"
+COLUMNS = {"latent": "seam/naive", "centroid": "px/naive", "jump": "latent jump", "pixels": "px jump",
+           "replay": "replay", "caption_right": "caption"}  # fmt: skip
+
+
+def table(made: dict[str, list[Video]]) -> str:
+    """Rows of settings against what was read, over the videos so far."""
+    lines = [f"{'':12}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
+    for name, videos in made.items():
+        found = figures_of(videos, made["naive"])
+        lines.append(f"{name:12}" + "".join(f"{found[key]:12.3f}" for key in COLUMNS))
+    return "\n".join(lines)
+
+
+def all_figures(made: dict[str, list[Video]]) -> dict[str, float]:
+    figures = store_bytes() | {"reuse.videos": float(len(made["naive"]))}
+    for name, videos in made.items():
+        figures |= {f"reuse.{name}.{key}": value for key, value in figures_of(videos, made["naive"]).items()}
+    for key in ("latent", "centroid"):
+        figures[f"reuse.seam_vs_naive.{key}"] = figures[f"reuse.default.{key}"]
+    inside = {"latent": mean(made["default"], "step"), "pixels": mean(made["default"], "pixel_step")}
+    return figures | {f"reuse.inside.{key}": value for key, value in inside.items()}
 
 
 def main(argv: list[str]) -> int:
@@ -122,26 +156,22 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="*", choices=[*ABLATION, "released"], default=[*ABLATION, "released"],
                         help="change only these beside the defaults")  # fmt: skip
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further video after this time")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     print(f"{arguments.clips} videos of 2 x {FRAMES} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}; M 4, alpha 4,")
-    print(f"beta 0.4 but for what a row names; on {device_name()}\n{HEAD}")
-    made: dict[str, list[Video]] = {}
-    figures = store_bytes()
+    print(f"beta 0.4 but for what a row names; on {device_name()}")
+    rows = dict(settings(arguments.only))
+    made: dict[str, list[Video]] = {name: [] for name in rows}
+    begun = time.monotonic()
     with torch.inference_mode():
         bench = Bench.open(arguments.weights)
-        video = bench.video()
-        for name, reuse in settings(arguments.only):
-            start, model = time.monotonic(), apply_reuse(video, reuse)
-            made[name] = [measure(bench, model, words, FIRST_SEED + i)
-                          for i, words in enumerate(captions("test", True, arguments.clips))]  # fmt: skip
-            found = figures_of(made[name], made["naive"])
-            print(f"{name:12}" + "".join(f"{value:12.3f}" for value in found.values())
-                  + f"   ({time.monotonic() - start:.0f} s)", flush=True)  # fmt: skip
-            figures |= {f"reuse.{name}.{key}": value for key, value in found.items()}
-    for key in ("latent", "centroid"):
-        figures[f"reuse.seam_vs_naive.{key}"] = figures[f"reuse.default.{key}"]
-    figures |= {"reuse.inside.latent": mean(made["default"], "step"),
-                "reuse.inside.pixels": mean(made["default"], "pixel_step")}  # fmt: skip
-    report(figures, arguments.json)
+        for i, words in enumerate(captions("test", True, arguments.clips)):
+            if time.monotonic() - begun > arguments.minutes * 60:
+                break
+            video = remembering(bench.video())
+            for name, reuse in rows.items():
+                made[name].append(measure(bench, apply_reuse(video, reuse), words, FIRST_SEED + i))
+            print(f"\nafter {i + 1} videos, {time.monotonic() - begun:.0f} s\n{table(made)}", flush=True)
+    report(all_figures(made), arguments.json)
     return 0
