@@ -112,7 +112,8 @@ def check_sampler(sampler: Any) -> None:
     """Raises ModelMismatchError, naming the sampler, unless its steps can be taken one by one."""
     name = sampler_name(sampler)
     known = ", ".join(sorted((*ONE_STEP_SAMPLERS, "ddim")))
-    if name not in ONE_STEP_SAMPLERS:
+    hosts_own = getattr(comfy.k_diffusion.sampling, f"sample_{name}", None)
+    if name not in ONE_STEP_SAMPLERS or sampler.sampler_function is not hosts_own:
         raise ModelMismatchError(
             f"Reuse and Diffuse cannot lead a clip with the sampler {name}: it remembers earlier "
             f"steps or places its own, which replaced states would spoil. Choose one of {known}."
@@ -126,9 +127,9 @@ def check_sampler(sampler: Any) -> None:
 
 
 def sampler_name(sampler: Any) -> str:
-    """The host's name of a SAMPLER; that of its class where it is none of the host's usual ones."""
+    """The host's name of a SAMPLER; that of its class where it has none."""
     function = getattr(sampler, "sampler_function", None)
-    return type(sampler).__name__ if function is None else getattr(function, "__name__", "?").removeprefix("sample_")
+    return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
 
 
 def check_former(reuse: Reuse, former: Tensor, noise: Tensor) -> None:
@@ -230,8 +231,11 @@ class ClipByClip(comfy.samplers.Sampler):
 
 @contextmanager
 def conds_of_clip(guider: Any, x: Tensor, window: ContextWindow) -> Iterator[None]:
-    """The guider holds the conditioning of one clip while the context lasts."""
+    """The guider holds the conditioning of one clip while the context lasts; schedules in it begin anew."""
     whole = guider.conds
+    for group in (cond["hooks"] for conds in whole.values() for cond in conds if cond.get("hooks") is not None):
+        for hook in group.hooks:
+            hook.initialize_timesteps(guider.inner_model)
     controls = ControlSlices()
     guider.conds = {key: cut_conds(conds, x, window, controls, guider.inner_model) for key, conds in whole.items()}
     try:

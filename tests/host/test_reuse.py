@@ -15,7 +15,7 @@ from comfy.model_patcher import ModelPatcher
 from helpers_motion import Pair, relative_error
 from latentmotion.host import options
 from latentmotion.host.context import SlidingContext, apply_context
-from latentmotion.host.reuse import ONE_STEP_SAMPLERS, apply_reuse
+from latentmotion.host.reuse import ONE_STEP_SAMPLERS, apply_reuse, check_sampler
 from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
 from latentmotion.sampling.reuse import Guidance, Reuse
 from latentmotion.sampling.windows import WindowPlan
@@ -130,6 +130,12 @@ def test_other_samplers_are_refused_by_name_before_anything_is_computed(pair: Pa
             ModelMismatchError, match=f"the sampler {function.removeprefix('sample_')}.*Choose one of ddim, "
         ):
             draw(model, noise_of(), name)
+    stranger = comfy.samplers.KSAMPLER(lambda *args, **kw: None)
+    stranger.sampler_function.__name__ = "sample_euler"
+    with pytest.raises(ModelMismatchError, match="the sampler euler"):
+        check_sampler(stranger)
+    with pytest.raises(ModelMismatchError, match="the sampler Sampler"):
+        check_sampler(comfy.samplers.Sampler())
     sampler = comfy.samplers.ksampler("euler", {"s_churn": 0.5})
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(tiny_host.conditioning(model, 1), tiny_host.conditioning(model, 2))
@@ -210,6 +216,27 @@ def test_neighbours_read_the_frames_of_the_clip(pair: Pair) -> None:
     tiny_host.sample(model, N * CLIPS, steps=1)
     assert [params["sub_idxs"] for _, params in read] == [list(range(i * N, i * N + N)) for i in range(CLIPS)]
     assert all((params["full_length"], params["context_length"], n) == (N * CLIPS, N, N) for n, params in read)
+
+
+def test_schedules_in_the_conditioning_begin_anew_with_each_clip(pair: Pair) -> None:
+    """Keyframes of a hook only ever go forward within a run; a weight of 0 from the middle on must come back."""
+    lora = {"diffusion_model.input_blocks.1.0.in_layers.2.weight": (torch.ones(32, 32, 3, 3),)}
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(comfy.hooks.WeightHook())
+    hooks.hooks[0].weights = lora
+    frames = comfy.hooks.HookKeyframeGroup()
+    frames.add(comfy.hooks.HookKeyframe(strength=1.0, start_percent=0.0))
+    frames.add(comfy.hooks.HookKeyframe(strength=0.0, start_percent=0.5))
+    hooks.set_keyframes_on_hooks(frames)
+    strengths = []
+    model = formula(pair.plain)
+    inner = model.model_options["model_function_wrapper"]
+    model.set_model_unet_function_wrapper(
+        lambda f, call: (strengths.append(hooks.hooks[0].strength), inner(f, call))[1]
+    )
+    positive = [[tiny_host.conditioning(model, 1)[0][0], {"hooks": hooks}]]
+    tiny_host.sample(apply_reuse(model, APART), 2 * N, steps=STEPS, cfg=1.0, positive=positive)
+    assert strengths[:STEPS] == strengths[STEPS:] and set(strengths) == {0.0, 1.0}
 
 
 def test_strength_per_frame_is_that_of_the_whole_video(pair: Pair) -> None:
