@@ -94,7 +94,9 @@ def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
 
 def publish_clip(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict, *args: Any, **kw: Any) -> Tensor:
     """Tell neighbouring packs the length of the clip, under the key they read."""
-    params = {"full_length": x.shape[0], "context_length": None, "sub_idxs": None}
+    window = model_options.get("transformer_options", {}).get("context_window")
+    frames = x.shape[0] if window is None else window.total_frames
+    params = {"full_length": frames, "context_length": None, "sub_idxs": None}
     if model_options.get("context_handler") is not None and bool((timestep == timestep[0]).all()):
         # The host's context windows look the sigma up in the schedule; some versions fail on a batch of equal ones.
         timestep = timestep[:1]

@@ -8,6 +8,7 @@ from ..motion_modules.animatediff.spec import Schedule
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
+from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from . import paths
 from .context import SlidingContext
@@ -24,6 +25,7 @@ GROUP_NORMS = [AS_TRAINED, AS_EVOLVED]
 WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
 FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
+GUIDANCES = [guidance.value for guidance in Guidance]
 
 
 def known_file(folder: str, name: str | None) -> bool | str:
@@ -118,3 +120,21 @@ def sliding_context(
     """Translate the widgets of Sliding Context. Raises PlanError for lengths that make no plan."""
     plan = WindowPlan(WindowSchedule(schedule), context_length, context_overlap, context_stride, closed_loop)
     return SlidingContext(plan, FuseMethod(fuse), NoiseKind(noise))
+
+
+def known_reuse(length: int | None, prompt_frames: int | None) -> bool | str:
+    """True, or the sentence for more prompt frames than a clip has; None (linked) is not known yet."""
+    if None in (length, prompt_frames):
+        return True
+    try:
+        Reuse(length, prompt_frames)
+    except PlanError as error:
+        return str(error)
+    return True
+
+
+def reuse_settings(*, clip_length: int, prompt_frames: int, alpha: float, beta: float, guidance: str) -> Reuse:
+    """Translate the widgets of Reuse and Diffuse. Raises PlanError for settings that no clip can follow."""
+    if guidance not in GUIDANCES:
+        raise ValueError(f"guidance is '{guidance}', which is none of its choices: {', '.join(GUIDANCES)}.")
+    return Reuse(clip_length, prompt_frames, alpha, beta, Guidance(guidance))

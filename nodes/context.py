@@ -1,10 +1,10 @@
-"""Long clips: sliding context windows on any MODEL."""
+"""Long clips on any MODEL: sliding context windows, or clip after clip."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import context, options
+from ..host import context, options, reuse
 from .sockets import CATEGORY
 
 
@@ -93,4 +93,80 @@ def _blend_inputs() -> list[io.Input]:
     ]
 
 
-NODES: list[type[io.ComfyNode]] = [SlidingContext]
+class ReuseAndDiffuse(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionReuseAndDiffuse",
+            display_name="Reuse and Diffuse",
+            category=f"{CATEGORY}/long clips",
+            description="Samples a long batch clip after clip in one sampling run; each clip starts from the reversed "
+            "noise of the one before and is led by its last frames, so that the seam shows less. Nothing is trained.",
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that samples, with its motion module already applied."),
+                *_reuse_inputs(),
+                io.Latent.Input(
+                    "continue_from",
+                    optional=True,
+                    tooltip="A finished clip. The first new clip is led by its last frames as if it had just been "
+                    "sampled; its own frames are not in the result.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Samples clip after clip. Goes to a sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, clip_length: int = 16, prompt_frames: int = 4) -> bool | str:
+        return options.known_reuse(clip_length, prompt_frames)
+
+    @classmethod
+    def execute(
+        cls, model: io.Model.Type, continue_from: io.Latent.Type | None = None, **settings: object
+    ) -> io.NodeOutput:
+        return io.NodeOutput(reuse.apply_reuse(model, options.reuse_settings(**settings), continue_from))
+
+
+def _reuse_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "clip_length",
+            default=16,
+            min=1,
+            max=4096,
+            tooltip="Frames per clip: 16 for most motion modules. The batch of the latent must be a multiple of it.",
+        ),
+        io.Int.Input(
+            "prompt_frames",
+            default=4,
+            min=0,
+            max=4096,
+            tooltip="M of the paper: how many first frames of a clip are led by the last frames of the clip before.",
+        ),
+        io.Float.Input(
+            "alpha",
+            default=4.0,
+            min=0.0,
+            max=1000.0,
+            step=0.1,
+            tooltip="How much noise of the clip before the other frames keep: 0 none, 1 a correlation of 0.71, 4 of "
+            "0.97. More is steadier and repeats more.",
+        ),
+        io.Float.Input(
+            "beta",
+            default=0.4,
+            min=0.0,
+            max=1.0,
+            step=0.05,
+            tooltip="Share of the sampling steps in which the first frame is led; it falls to 0 over prompt_frames.",
+        ),
+        io.Combo.Input(
+            "guidance",
+            options=options.GUIDANCES,
+            default=options.GUIDANCES[0],
+            tooltip="paper: the results of the led steps are taken from the clip before. released code: what goes into "
+            "them, which is one step less.",
+        ),
+    ]
+
+
+NODES: list[type[io.ComfyNode]] = [SlidingContext, ReuseAndDiffuse]

@@ -80,6 +80,13 @@ LAYOUTS = {
         "mixed. Here a red circle turns into a green square from frame 8 to frame 24.\n\nAfter a run, the table lists "
         "what every frame sees. The negative prompt is a CLIP Text Encode as always.",
     ),
+    "continue_a_clip": Layout(
+        (((NOTE, 1, 2), (3, 4, 5, 6), (11,), (7,), (8, 9), (10,)),),
+        "**Continue a clip**\n\nTwo clips of 16 frames in one sampling run. The second starts from the first one's "
+        "noise in reverse, and its first frames are led by the first clip's last ones. Raise batch_size to 48 for "
+        "three clips.\n\nThe sampler must keep nothing from step to step: euler, ddim or lcm, not dpmpp_2m. To go on "
+        "from a clip you have, connect its latent to *continue_from*.",
+    ),
     "image_to_video": Layout(
         (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
         "**Image to video**\n\nThe first KSampler draws one image; its latent is repeated for 16 frames and sampled "
