@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from io import BytesIO
 from itertools import chain
@@ -32,7 +32,7 @@ Source = str | Path | BytesIO
 class VideoFile:
     """What a look through the packets of a file tells.
 
-    stamps: time stamp of each picture in the stream's unit, rising; None where the file gives none and the order counts.
+    stamps: time stamp of each picture in the stream's unit, rising; None where the file has none and the order counts.
     times (f), end: when each picture begins and the last one ends, in seconds from the first.
     height, width: as stored; turns: quarters counter-clockwise to the upright picture; stretch: width of a pixel.
     sound: rate and channels; begins: container time of the first picture in seconds.
@@ -79,21 +79,20 @@ def inspect(source: Source, name: str) -> VideoFile:
     """Look through the packets of a file, and at its first picture for how it is turned. Raises VideoError."""
     with _opened(source, name) as container:
         stream = _video_stream(container, name)
-        stamps, last = _stamps(container, stream, name)
-        audio = next((s for s in container.streams.audio if s.codec_context is not None), None)
-        sound = audio and (audio.codec_context.sample_rate, audio.codec_context.layout.nb_channels)
-        rates = [Fraction(r) for r in (stream.average_rate, stream.guessed_rate) if r]
-        file = VideoFile(source, name, *_times(stamps, last, stream, rates), tuple(rates), 0, 0, 0,
-                         Fraction(stream.sample_aspect_ratio or 1), sound if sound and all(sound) else None, 0.0)  # fmt: skip
-        if file.stamps is not None:
-            file = replace(file, begins=float(file.stamps[0] * stream.time_base))
-    with _opened(source, name) as container:
-        first = next(_pictures(container, _video_stream(container, name), name), None)
+        first = next(_pictures(container, stream, name), None)
         if first is None:
-            raise VideoError(
-                f"{name} is damaged: none of its {len(file.times)} pictures can be decoded. Copy or download it again."
-            )
-        return replace(file, height=first.height, width=first.width, turns=round((first.rotation or 0) / 90) % 4)
+            raise VideoError(f"{name} is damaged or empty: no picture in it can be decoded. Copy or download it again.")
+        size, turns = (first.height, first.width), round((first.rotation or 0) / 90) % 4
+    with _opened(source, name) as container:
+        stream = _video_stream(container, name)
+        rates = tuple(Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)
+        stamps, times, end = _times(*_stamps(container, stream, name), stream, rates)
+        audio = next((s for s in container.streams.audio if s.codec_context is not None), None)
+        heard = audio and (audio.codec_context.sample_rate, audio.codec_context.layout.nb_channels)
+        sound = heard if heard and all(heard) else None
+        begins = 0.0 if stamps is None else float(stamps[0] * stream.time_base)
+        stretch = Fraction(stream.sample_aspect_ratio or 1)
+        return VideoFile(source, name, stamps, times, end, rates, *size, turns, stretch, sound, begins)
 
 
 @contextmanager
@@ -146,7 +145,7 @@ def _stamps(container: Any, stream: Any, name: str) -> tuple[list[int | None], i
     return found[first:], last[1]
 
 
-def _times(stamps: list[int | None], last: int, stream: Any, rates: list[Fraction]
+def _times(stamps: list[int | None], last: int, stream: Any, rates: tuple[Fraction, ...]
            ) -> tuple[np.ndarray | None, np.ndarray, float]:  # fmt: skip
     """Stamps, times and end of a VideoFile. Without stamps pictures follow each other at the rate the file names."""
     if None in stamps:

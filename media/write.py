@@ -106,7 +106,7 @@ def _single(clip: Clip) -> Iterator[Tensor]:
                     f"The video should have {clip.frames} frames of {clip.width} x {clip.height}, and "
                     f"frame {count} is {picture.shape[1]} x {picture.shape[0]}."
                 )
-            yield picture
+            yield picture.nan_to_num(0.0)
     if count != clip.frames:
         raise VideoError(f"The video ended after {count} of its {clip.frames} frames.")
 

@@ -139,6 +139,7 @@ class SaveVideo(io.ComfyNode):
                 ),
                 io.Audio.Input("audio", optional=True, tooltip="Sound to save in place of the video's own."),
             ],
+            outputs=[],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )  # fmt: skip

@@ -42,8 +42,16 @@ def clip(frames: int = 6, rate: Fraction = Fraction(24000, 1001), height: int = 
     return clip_of_images(pictures, rate, sound)
 
 
-def grey_film(path: Path, stamps: list[int], unit: Fraction = Fraction(1, 1000), size: tuple[int, int] = (32, 64),
-              turned: int = 0, top_left: bool = False, codec: str = "libx264", options: Any = None) -> Path:  # fmt: skip
+def grey_film(
+    path: Path,
+    stamps: list[int],
+    unit: Fraction = Fraction(1, 1000),
+    size: tuple[int, int] = (32, 64),
+    turned: int = 0,
+    top_left: bool = False,
+    codec: str = "libx264",
+    options: Any = None,
+) -> Path:
     """A film whose frame number i, shown at stamps[i] units, is grey of the value 20 + 6 i; see `number_of`."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, rate=30)

@@ -25,14 +25,13 @@ from latentmotion.media.timing import Selection
 from latentmotion.media.write import Writing
 from PIL import Image, ImageSequence
 
+DEFAULT = formats.DEFAULT_QUALITY
 FILMS = [Format.MP4, Format.WEBM_VP9, Format.WEBM_AV1]
 GRAPH = {"nodes": [{"id": 1, "text": 'a "{red|blue} circle} {'}], "é": "ü"}
 METADATA = {"workflow": GRAPH, "prompt": {"1": {"class_type": "X", "inputs": {"text": "{"}}}}
 
 
-def saved(
-    clip: Clip, folder: Path, form: Format, quality: int = formats.DEFAULT_QUALITY, metadata: dict | None = None
-) -> Path:
+def saved(clip: Clip, folder: Path, form: Format, quality: int = DEFAULT, metadata: dict | None = None) -> Path:
     path = folder / f"film_00001_{form.extension}"
     write.write(clip, path, form, Writing(quality, metadata or {}))
     return path
@@ -137,13 +136,12 @@ def front_end_json(path: Path) -> dict[str, object]:
         found = {}
         for name in ("WORKFLOW", "PROMPT"):
             at = data[: 2 << 20].index(name.encode())
-            text = data[data.index(b"{", at):]  # fmt: skip
-            depth = end = 0
-            for end, byte in enumerate(text):
-                depth += (byte == 123) - (byte == 125)
-                if not depth:
-                    break
-            found[name.lower()] = json.loads(text[: end + 1])
+            at = data.index(b"{", at)
+            stop, depth = at, 1
+            while depth:
+                stop += 1
+                depth += (data[stop] == 123) - (data[stop] == 125)
+            found[name.lower()] = json.loads(data[at : stop + 1])
         return found
     if path.suffix == ".mp4":  # whole boxes before the media data
         assert data.index(b"moov") < data.index(b"mdat")
