@@ -47,12 +47,12 @@ def fit(pictures: Tensor, frame: Frame, natural: tuple[int, int] | None = None) 
     Shapes: (n, h, w, 3) in 0..1 -> (n, *frame.size(h, w), 3) in 0..1. `natural` is the height and width that the
     pictures have on the screen, where their pixels are not square.
     """
-    from kornia.geometry.transform import resize
-
     height, width = natural or tuple(pictures.shape[1:3])
     target = frame.size(height, width)
     if target == tuple(pictures.shape[1:3]) and (height, width) == target:
         return pictures
+    from kornia.geometry.transform import resize  # seconds to import, and few clips need it
+
     scales = (target[0] / height, target[1] / width)
     scale = {Fit.CROP: max(scales), Fit.PAD: min(scales)}.get(frame.fit)
     inner = target if scale is None else (max(1, round(height * scale)), max(1, round(width * scale)))

@@ -131,7 +131,7 @@ def _stamps(container: Any, stream: Any, name: str) -> tuple[list[int | None], i
     """Time stamp of each packet that holds a picture, from the first key frame on, and how long the last one lasts."""
     found, keys, last = [], [], (0, 0)
     for packet in container.demux(stream):
-        if packet.is_corrupt:
+        if packet.is_corrupt and "mov" in container.format.name:
             raise VideoError(f"{name} is cut off after {len(found)} frames. Copy or download it again.")
         if packet.size and not packet.is_discard:
             found.append(packet.pts)

@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 
 LARGEST_DENOMINATOR = 1001
+SAME = 1e-4  # 29.97 means 30000/1001
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def select(times: np.ndarray, end: float, named: list[Fraction], wanted: Selecti
     """
     rate, constant = file_rate(times, named)
     target = wanted.frame_rate or rate
-    if constant and target == rate:
+    if constant and abs(target / rate - 1) < SAME:
+        target = rate
         taken = np.arange(len(times))
     else:
         taken = _shown_at(times, end, float(target))

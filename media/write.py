@@ -82,10 +82,9 @@ def beside(path: Path) -> Iterator[Path]:
     except (OSError, av.error.FFmpegError) as error:
         raise write_failure(path, error) from error
     finally:
-        if unfinished.is_dir():
-            shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 def _counted(clip: Clip, on_frame: Callable[[int], None]) -> Iterator[Tensor]:

@@ -23,8 +23,10 @@ def taken(times: np.ndarray, rate: Fraction, end: float | None = None, **wanted:
     return indices.tolist(), out
 
 
-def test_a_constant_rate_is_kept() -> None:
-    assert taken(times_at(NTSC, 100), NTSC) == ([*range(100)], NTSC)
+@pytest.mark.parametrize("wanted", [{}, {"frame_rate": Fraction(2997, 100)}, {"frame_rate": NTSC}])
+def test_a_constant_rate_is_kept(wanted: dict) -> None:
+    """29.97 means the exact rate of the file."""
+    assert taken(times_at(NTSC, 100), NTSC, **wanted) == ([*range(100)], NTSC)
 
 
 @pytest.mark.parametrize(("target", "expected"), [
