@@ -162,7 +162,8 @@ def test_frames_of_a_vae_in_a_stream(output: Path) -> None:
     assert (images - vae.decode(latent).cpu()).abs().mean() < 1e-3
     StreamedVideo(clip).save_to(str(output / "vae.mp4"), crf=1)
     found = InputImpl.VideoFromFile(str(output / "vae.mp4")).get_components().images
-    assert found.shape == images.shape and (found - images).abs().mean() < 0.06
+    coarse = [torch.nn.functional.avg_pool2d(clip.movedim(3, 1), 8) for clip in (found, images)]
+    assert found.shape == images.shape and (coarse[0] - coarse[1]).abs().mean() < 0.02
 
 
 @pytest.mark.parametrize("class_type", ["SaveVideo", "LatentMotionSaveVideo"])
