@@ -114,7 +114,7 @@ def watch(frames: int) -> Callable[[int], None]:
 
     def on_frame(done: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if done % step == 0 or done == frames:
+        if done - bar.current >= step or done == frames:
             bar.update_absolute(done, frames)
 
     return on_frame

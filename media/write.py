@@ -151,9 +151,14 @@ def _picture_stream(clip: Clip, output: Any, codec: Codec, how: Writing) -> Any:
 
 
 def _tag(target: Any) -> None:
-    """BT.709 primaries, transfer and matrix, limited range, on a codec context or a frame."""
-    target.color_primaries = target.color_trc = target.colorspace = BT709
-    target.color_range = LIMITED
+    """BT.709 primaries, transfer and matrix, limited range, on a codec context or a frame.
+
+    Frames of older PyAV know the last two only; what a file says comes from its codec context.
+    """
+    tags = {"color_primaries": BT709, "color_trc": BT709, "colorspace": BT709, "color_range": LIMITED}
+    for name, value in tags.items():
+        if hasattr(target, name):
+            setattr(target, name, value)
 
 
 def _yuv(picture: Tensor, stream: Any, even: bool) -> Any:
