@@ -1,0 +1,106 @@
+"""Memory of decoding and saving a clip: how much more 2,000 frames need than 64.
+
+Each length runs in a process of its own: the demo's VAE decodes chunk by chunk from latents that are there already,
+while the host's way of saving writes an mp4. `decode.rss_2000_over_64` compares the peaks of the process's memory less
+the latents; a clip that were held would add 12 bytes a pixel, 375 MiB for 2,000 frames of 128 x 128.
+`decode.rss_grown_mib_*` is what the peak is above the memory when the decoding began, the sharper of the two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import torch
+
+from ..demo import config
+from ..host import demo_models
+from ..host.video import StreamedVideo
+from ..media.clip import Clip
+from .side_by_side import device_name, report
+
+LENGTHS = (64, 2000)
+CHUNK = 8  # frames that are decoded together
+KIB = 1024
+PACK = Path(__file__).resolve().parent.parent / "scripts" / "pack.py"
+
+
+def current_bytes() -> int:
+    """Resident memory of this process now."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) * KIB
+    raise OSError("this system does not tell the memory of a process")
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB
+
+
+def streamed(frames: int, size: int) -> StreamedVideo:
+    """A VIDEO that decodes random latents with the demo's VAE, untrained: its work does not depend on its weights."""
+    network = demo_models.build_vae()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    settings = {"params": {"ddconfig": config.VAE, "embed_dim": config.VAE["z_channels"]}}
+    vae = comfy.sd.VAE(sd=network.state_dict(), config=settings)
+    latent = torch.randn(frames, config.VAE["z_channels"], size // 8, size // 8)
+
+    def chunks() -> Iterator[torch.Tensor]:
+        return (vae.decode(part).cpu() for part in latent.split(CHUNK))
+
+    next(chunks())  # the VAE is loaded before memory is counted
+    return StreamedVideo(Clip(frames, size, size, Fraction(24), chunks))
+
+
+def one_length(frames: int, size: int, folder: Path) -> dict[str, float]:
+    """Decode and save one clip in this process."""
+    video = streamed(frames, size)
+    streamed(CHUNK, size).save_to(str(folder / "first.mp4"))  # what an encoder loads once is there before, too
+    before, start = current_bytes(), time.monotonic()
+    video.save_to(str(folder / "clip.mp4"))
+    latents = frames * config.VAE["z_channels"] * (size // 8) ** 2 * 4
+    return {"peak": peak_bytes() - latents, "grown": peak_bytes() - before, "seconds": time.monotonic() - start}
+
+
+def measure(size: int) -> dict[str, float]:
+    """Both lengths, each in a fresh process."""
+    found: dict[int, dict[str, float]] = {}
+    for frames in LENGTHS:
+        command = [sys.executable, str(PACK), "bench.video", "--length", str(frames), "--size", str(size)]
+        out = subprocess.run(command, env=os.environ, check=True, stdout=subprocess.PIPE, text=True).stdout
+        line = next(line for line in out.splitlines() if line.startswith("found "))
+        found[frames] = dict(zip(("peak", "grown", "seconds"), map(float, line.split()[1:]), strict=True))
+    figures = {f"decode.rss_above_latents_mib_{n}": found[n]["peak"] / KIB**2 for n in LENGTHS}
+    figures |= {f"decode.rss_grown_mib_{n}": found[n]["grown"] / KIB**2 for n in LENGTHS}
+    figures |= {f"decode.save_frames_per_second_{n}": n / found[n]["seconds"] for n in LENGTHS}
+    short, long = (found[n] for n in LENGTHS)
+    figures["decode.rss_2000_over_64"] = long["peak"] / short["peak"]
+    return figures
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench video", description=__doc__)
+    parser.add_argument("--size", type=int, default=128, help="pixels a side")
+    parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", help="write the figures to this file")
+    arguments: Any = parser.parse_args(argv)
+    if arguments.length:
+        with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
+            found = one_length(arguments.length, arguments.size, Path(folder))
+        print("found", *found.values())
+        return 0
+    print(f"{LENGTHS[0]} and {LENGTHS[1]} frames of {arguments.size} x {arguments.size} to mp4 on {device_name()}")
+    report(measure(arguments.size), arguments.json)
+    return 0

@@ -1,0 +1,82 @@
+"""The formats videos are written in: which containers and encoders, and what quality means for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import av.codec
+
+from .errors import VideoError
+
+DEFAULT_QUALITY = 80  # colour bars come back within 2/255 in every format
+
+
+class Format(str, Enum):
+    """What a user chooses."""
+
+    MP4 = "mp4 (H.264)"
+    WEBM_VP9 = "webm (VP9)"
+    WEBM_AV1 = "webm (AV1)"
+    WEBP = "animated webp"
+    PNG = "png sequence"
+
+    @property
+    def extension(self) -> str:
+        """Ending of the file, "" for a folder of files."""
+        return "" if self is Format.PNG else f".{self.value.split(' ')[-1 if self is Format.WEBP else 0]}"
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One way to compress pictures: its encoders, best first, with their options, and what they need.
+
+    `even`: height and width must be even. `crf` gives the encoder's constant rate factor of a quality 0..100.
+    """
+
+    name: str
+    encoders: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    crf: Callable[[int], float]
+    even: bool = False
+    ten_bit: bool = True
+
+    def encoder(self) -> tuple[str, dict[str, str]]:
+        """The first encoder this PyAV has, and its options. Raises VideoError where it has none of them."""
+        for name, options in self.encoders:
+            if name in av.codec.codecs_available:
+                return name, dict(options)
+        names = " or ".join(name for name, _ in self.encoders)
+        raise VideoError(
+            f"This ComfyUI cannot write {self.name} video: its PyAV was built without {names}. "
+            "Choose another format, or install PyAV from its wheel: pip install --force-reinstall av"
+        )
+
+
+def _crf(quality: int) -> float:
+    """From 50 to 1, on the scales of all three encoders. H.264 at 0 is a profile that browsers do not play."""
+    return max(1.0, (100 - quality) / 2)
+
+
+H264 = Codec("H.264", (("libx264", ()),), _crf, even=True)
+VP9 = Codec("VP9", (("libvpx-vp9", (("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))),), _crf,
+            ten_bit=False)  # fmt: skip
+AV1 = Codec("AV1", (("libsvtav1", (("preset", "8"),)), ("libaom-av1", (("cpu-used", "6"), ("row-mt", "1")))),
+            _crf)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Container:
+    """One kind of file: ffmpeg's name for it, the sound it holds, and whether its index can go to the front."""
+
+    name: str
+    muxer: str
+    sound: str
+    mov: bool = False
+
+
+MP4 = Container("mp4", "mp4", "aac", mov=True)
+WEBM = Container("webm", "webm", "libopus")
+MKV = Container("mkv", "matroska", "aac")
+
+FILMS = {Format.MP4: (MP4, H264), Format.WEBM_VP9: (WEBM, VP9), Format.WEBM_AV1: (WEBM, AV1)}
