@@ -13,6 +13,7 @@ from ..motion_modules.files import read_outline
 
 MOTION_MODULES = "animatediff_models"
 MOTION_LORAS = "animatediff_motion_lora"
+VAES = "vae"
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 
