@@ -13,6 +13,7 @@ from . import paths
 from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
+from .vae import EXACT, STREAMING, DecodeSettings
 
 AS_TRAINED = "as trained"
 MODELS_OWN = "image model's own"
@@ -24,6 +25,7 @@ GROUP_NORMS = [AS_TRAINED, AS_EVOLVED]
 WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
 FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
+DECODE_MODES = [EXACT, STREAMING]
 
 
 def known_file(folder: str, name: str | None) -> bool | str:
@@ -118,3 +120,10 @@ def sliding_context(
     """Translate the widgets of Sliding Context. Raises PlanError for lengths that make no plan."""
     plan = WindowPlan(WindowSchedule(schedule), context_length, context_overlap, context_stride, closed_loop)
     return SlidingContext(plan, FuseMethod(fuse), NoiseKind(noise))
+
+
+def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSettings:
+    """Translate the widgets of Temporal VAE Decode. Raises ValueError for a mode that does not exist."""
+    if mode not in DECODE_MODES:
+        raise ValueError(f"mode is '{mode}', which is none of its choices: {', '.join(DECODE_MODES)}.")
+    return DecodeSettings(mode, max(1, chunk_frames), clip_length)

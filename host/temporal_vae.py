@@ -9,8 +9,9 @@ import comfy.sd
 from comfy.ldm.modules.diffusionmodules.model import Decoder
 from torch import Tensor, nn
 
+from ..motion_modules.errors import CheckpointError
 from ..motion_modules.files import read_weights
-from ..motion_modules.temporal_vae.checkpoint import Kind, TemporalVaeFile, Widths, read_temporal_vae
+from ..motion_modules.temporal_vae.checkpoint import SVD_WIDTHS, Kind, TemporalVaeFile, Widths, read_temporal_vae
 from ..motion_modules.temporal_vae.network import TemporalConvs
 from . import paths
 
@@ -47,8 +48,15 @@ def load_temporal_vae(name: str) -> comfy.sd.VAE:
 
 
 def build(file: TemporalVaeFile) -> comfy.sd.VAE:
-    """A VAE of the host, on the devices and in the type the host chooses."""
+    """A VAE of the host, on the devices and in the type the host chooses.
+
+    Raises CheckpointError for an SVD decoder of other widths than the published ones: the host builds no other.
+    """
     if file.kind is Kind.SVD:
+        if file.widths != SVD_WIDTHS:
+            raise CheckpointError("This file has the layers of Stable Video Diffusion's VAE in other widths "
+                                  f"({file.widths.channels} x {file.widths.factors}), which ComfyUI cannot build. "
+                                  "Choose the published VAE.")
         return comfy.sd.VAE(sd=dict(file.weights))
     settings = decoder_settings(file.widths)
     vae = comfy.sd.VAE(sd=dict(file.weights),

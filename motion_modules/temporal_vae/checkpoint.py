@@ -86,9 +86,6 @@ def read_temporal_vae(payload: Mapping[str, Any], name: str) -> TemporalVaeFile:
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{name}: its decoder is not whole ({error}). Download the file again.") from error
     _check_whole(weights, dict(layout(kind, widths)), name)
-    if kind is Kind.SVD and widths != SVD_WIDTHS:
-        raise CheckpointError(f"{name} has the layers of Stable Video Diffusion's VAE in other widths ({widths.channels}"
-                              f" x {widths.factors}), which ComfyUI cannot build. Choose the published VAE.")
     return TemporalVaeFile(kind, widths, weights)
 
 
@@ -108,11 +105,14 @@ def _ours(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def is_temporal(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the names are those of a temporal VAE of either kind."""
+    return any(key.endswith(".mix_factor") or ".temp_convs." in key for key in tensors if "decoder." in key)
+
+
 def _kind_of(weights: Mapping[str, Tensor], name: str) -> Kind:
-    if any(key.endswith(".mix_factor") for key in weights):
-        return Kind.SVD
-    if any(".temp_convs." in key for key in weights):
-        return Kind.VIDRD
+    if is_temporal(weights):
+        return Kind.SVD if any(key.endswith(".mix_factor") for key in weights) else Kind.VIDRD
     if "decoder.conv_in.weight" in weights:
         raise CheckpointError(f"{name} is a VAE for images: it has no layers over time. Use the Load VAE node for it; "
                               "Temporal VAE Decode takes it as well and decodes frame by frame.")
@@ -133,7 +133,7 @@ def _folded(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
             rest["encoder.conv_out.weight"] = torch.einsum("op,pchw->ochw", matrix, conv.float()).to(conv.dtype)
             rest["encoder.conv_out.bias"] = (matrix @ bias.float() + weights["quant_conv.bias"].float()).to(bias.dtype)
     except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"{name}: its quant_conv and encoder.conv_out do not fit; the file is damaged.") from error
+        raise CheckpointError(f"{name}: quant_conv and encoder.conv_out do not fit; the file is damaged.") from error
     return rest
 
 
