@@ -155,8 +155,7 @@ class ClipDecoder:
         elements = WORKING_ELEMENTS * chunk + STREAM_ELEMENTS * streams
         needed = area * elements * vae.vae_dtype.itemsize
         shop = Workshop(chunk, partial(memory.park, reserve=needed), host_affine, on_frames)
-        plan = self.plan if len(clip) > 1 else alone(self.plan)
-        pieces = (streaming if streams else exact)(plan, clip.to(vae.device, vae.vae_dtype), shop)
+        pieces = (streaming if streams else exact)(self.plan, clip.to(vae.device, vae.vae_dtype), shop)
         while True:
             comfy.model_management.throw_exception_if_processing_interrupted()
             load = comfy.model_management.load_models_gpu
@@ -203,7 +202,8 @@ def plan_of(model: nn.Module | None) -> Plan | None:
             steps += _resnet(block)
             steps += [Spatial(layer) for layer in list(up.attn)[number : number + 1]]
             if isinstance(decoder, TemporalConvsDecoder):
-                steps.append(Temporal(tuple(Stage(*pair) for pair in up.temp_convs[number].stages()), lambda x: 1.0))
+                stages = tuple(Stage(*pair) for pair in up.temp_convs[number].stages())
+                steps.append(Temporal(stages, lambda x: 1.0, on_single=False))
         if level:
             steps.append(Spatial(up.upsample))
     return (*steps, *_end(decoder))
@@ -225,8 +225,3 @@ def _end(decoder: nn.Module) -> list[Spatial | Temporal]:
     steps: list[Spatial | Temporal] = [Spatial(lambda x: last(functional.silu(decoder.norm_out(x), inplace=True)))]
     return [*steps, Temporal((Stage(None, conv.time_mix_conv),))] if timed else steps
 
-
-def alone(plan: Plan) -> Plan:
-    """What a clip of one frame goes through: Reuse and Diffuse's layers let it pass unchanged."""
-    passing = any(isinstance(step, Temporal) and len(step.stages) > 2 for step in plan)
-    return tuple(step for step in plan if isinstance(step, Spatial)) if passing else plan

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..norm import plain_affine
 from .flow import Fetch, Flow, Piece, branch, convolve, merge, normalise, spatial
-from .plan import Plan, Spatial, Statistics, measure, norms_of, pool
+from .plan import Plan, Spatial, Statistics, for_clip, measure, norms_of, pool
 
 SURVEY_FRAMES = 16
 Gate = Callable[[Flow, nn.GroupNorm, bool], Flow]
@@ -77,7 +77,7 @@ def surveyed(latent: Tensor) -> Tensor:
 
 def work_units(plan: Plan, frames: int, streams: bool) -> int:
     """How many frames `on_frames` will have been told of at the end."""
-    stations = 1 + sum(1 for _ in norms_of(plan))
+    stations = 1 + sum(1 for _ in norms_of(for_clip(plan, frames)))
     if not streams or frames <= SURVEY_FRAMES:
         return frames * stations
     return SURVEY_FRAMES * stations + frames
@@ -85,7 +85,7 @@ def work_units(plan: Plan, frames: int, streams: bool) -> int:
 
 def _run(plan: Plan, latent: Tensor, gate: Gate, shop: Workshop) -> Iterator[Tensor]:
     flow: Flow = (Piece(part) for part in latent.split(shop.chunk))
-    for step in plan:
+    for step in for_clip(plan, len(latent)):
         if isinstance(step, Spatial):
             flow = spatial(flow, step.layer)
             continue

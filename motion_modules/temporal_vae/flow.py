@@ -96,7 +96,7 @@ class _Taps:
         if piece is None and not self.frames:
             return []
         x = () if piece is None else (piece.x,)
-        window = torch.cat([*(frame[None] for frame in self.frames), *x])
+        window = torch.cat([*(frame[None] for frame in self.frames), *x]).contiguous()  # whatever a device prefers
         skips = self.skips + (() if piece is None else piece.skip)
         first = len(self.frames) // 2
         count = len(window) - first - (piece is not None)

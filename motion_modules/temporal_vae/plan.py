@@ -29,14 +29,20 @@ class Temporal:
     """Stages over the frames of a clip: x -> x + weight * stages(x), or stages(x) alone where `weight` is None.
 
     weight: a function from x to its factor, asked anew for every piece, as a host may move the parameter. Where there
-    is one, the first stage has a norm.
+    is one, the first stage has a norm. on_single: whether a clip of one frame goes through it as well.
     """
 
     stages: tuple[Stage, ...]
     weight: Callable[[Tensor], Tensor | float] | None = None
+    on_single: bool = True
 
 
 Plan = tuple[Spatial | Temporal, ...]
+
+
+def for_clip(plan: Plan, frames: int) -> Plan:
+    """What a clip of so many frames goes through."""
+    return tuple(step for step in plan if frames > 1 or isinstance(step, Spatial) or step.on_single)
 
 
 def norms_of(plan: Plan) -> Iterator[nn.GroupNorm]:

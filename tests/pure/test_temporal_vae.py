@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
+from latentmotion.bench.side_by_side import peak_bytes
 from latentmotion.motion_modules.temporal_vae import decode
 from latentmotion.motion_modules.temporal_vae.decode import Workshop, exact, streaming, survey, work_units
 from latentmotion.motion_modules.temporal_vae.network import TemporalConvs
@@ -112,17 +115,37 @@ def test_progress_ends_at_the_announced_number(decoder: Decoder, streams: bool, 
     assert sum(told) == work_units(plan, frames, streams)
 
 
-def test_everything_parked_is_let_go(decoder: Decoder) -> None:
-    """Each frame is parked once per norm, and nothing parked is read after the clip is done."""
-    parked: list[Tensor] = []
+def test_where_frames_are_parked_does_not_matter(decoder: Decoder) -> None:
+    """Once per norm, and not as the tensors that go on."""
+    parked: list[int] = []
 
     def park(frames: Tensor) -> Tensor:
-        parked.append(frames)
-        return frames
+        parked.append(len(frames))
+        return frames.clone()
 
-    plan = decoder.plan()
-    joined(exact(plan, latent(LONG), Workshop(4, park)))
-    assert sum(len(part) for part in parked) == LONG * len(list(norms_of(plan)))
+    plan, z = decoder.plan(), latent(LONG)
+    assert torch.equal(joined(exact(plan, z, Workshop(4, park))), joined(exact(plan, z, Workshop(4))))
+    assert sum(parked) == LONG * len(list(norms_of(plan)))
+
+
+def peak(decoder: Decoder, decoding: Callable[..., Iterator[Tensor]], frames: int) -> int:
+    z = latent(frames)
+
+    def run() -> None:
+        for piece in decoding(decoder.plan(), z, Workshop(2)):
+            del piece
+
+    return peak_bytes(run)
+
+
+def test_memory_of_streaming_does_not_grow_with_the_clip(decoder: Decoder) -> None:
+    assert peak(decoder, streaming, LONG + 60) < 1.02 * peak(decoder, streaming, LONG + 30)
+
+
+def test_memory_of_exact_grows_by_two_feature_maps_a_frame(decoder: Decoder) -> None:
+    feature_map = 32 * 6 * 5 * 4
+    growth = peak(decoder, exact, LONG + 30) - peak(decoder, exact, LONG)
+    assert 1.9 * 30 * feature_map < growth < 2.3 * 30 * feature_map
 
 
 def test_pooled_statistics_keep_their_digits() -> None:
