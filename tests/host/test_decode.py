@@ -70,7 +70,9 @@ def test_streaming_gives_the_same_pixels_for_every_chunk(vae: comfy.sd.VAE, chun
     latent = clip(LONG)
     one = decoded(vae, latent, STREAMING, 1)
     assert_same(decoded(vae, latent, STREAMING, chunk), one)
-    assert 1e-5 < (one - whole(vae, latent)).abs().mean() < 0.03
+    expected = whole(vae, latent)
+    cut = torch.cat([whole(vae, part) for part in latent.split(SURVEYED)])
+    assert 1e-4 < (one - expected).abs().mean() < (cut - expected).abs().mean(), "closer than pieces as long"
 
 
 @pytest.mark.parametrize("mode", [EXACT, STREAMING])
@@ -120,12 +122,12 @@ def test_streaming_memory_does_not_grow_with_the_clip(svd: comfy.sd.VAE) -> None
         latent = clip(frames)
 
         def run() -> None:
-            for _ in ClipDecoder(svd, DecodeSettings(STREAMING, 2)).frames(latent):
+            for _ in ClipDecoder(svd, DecodeSettings(STREAMING, 4)).frames(latent):
                 pass
 
         return peak_bytes(run)
 
-    assert peak(LONG + 50) < 1.02 * peak(LONG + 30)
+    assert peak(LONG + 34) < 1.02 * peak(LONG + 24)
 
 
 def test_size_is_known_and_nothing_computed_beforehand(svd: comfy.sd.VAE) -> None:
