@@ -54,9 +54,11 @@ def build(file: TemporalVaeFile) -> comfy.sd.VAE:
     """
     if file.kind is Kind.SVD:
         if file.widths != SVD_WIDTHS:
-            raise CheckpointError("This file has the layers of Stable Video Diffusion's VAE in other widths "
-                                  f"({file.widths.channels} x {file.widths.factors}), which ComfyUI cannot build. "
-                                  "Choose the published VAE.")
+            raise CheckpointError(
+                "This file has the layers of Stable Video Diffusion's VAE in other widths "
+                f"({file.widths.channels} x {file.widths.factors}), which ComfyUI cannot build. "
+                "Choose the published VAE."
+            )
         return comfy.sd.VAE(sd=dict(file.weights))
     settings = decoder_settings(file.widths)
     vae = comfy.sd.VAE(sd=dict(file.weights),

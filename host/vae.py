@@ -48,8 +48,10 @@ class ClipDecoder:
         self.vae = vae
         self.settings = settings or DecodeSettings()
         if getattr(vae, "latent_dim", 2) != 2:
-            raise ModelMismatchError("This VAE has its own time axis, so its frames cannot be told apart before "
-                                     "decoding. Use the VAE Decode node for it.")
+            raise ModelMismatchError(
+                "This VAE has its own time axis, so its frames cannot be told apart before "
+                "decoding. Use the VAE Decode node for it."
+            )
         self.plan = plan_of(getattr(vae, "first_stage_model", None))
 
     @property
@@ -82,14 +84,20 @@ class ClipDecoder:
     def _check(self, latent: Tensor) -> None:
         length, channels = self.settings.clip_length, getattr(self.vae, "latent_channels", None)
         if latent.ndim != 4:
-            raise ClipError(f"These latents have {latent.ndim} axes; a batch of frames (frames, channels, height, "
-                            "width) is needed. Latents with a time axis belong to VAE Decode.")
+            raise ClipError(
+                f"These latents have {latent.ndim} axes; a batch of frames (frames, channels, height, "
+                "width) is needed. Latents with a time axis belong to VAE Decode."
+            )
         if channels is not None and latent.shape[1] != channels:
-            raise ClipError(f"These latents have {latent.shape[1]} channels and this VAE decodes {channels}. Use the "
-                            "VAE of the model that made them.")
+            raise ClipError(
+                f"These latents have {latent.shape[1]} channels and this VAE decodes {channels}. Use the "
+                "VAE of the model that made them."
+            )
         if length and len(latent) % length:
-            raise ClipError(f"{len(latent)} frames are no whole number of clips of {length}. Set clip_length to 0 if "
-                            "they are one clip.")
+            raise ClipError(
+                f"{len(latent)} frames are no whole number of clips of {length}. Set clip_length to 0 if "
+                "they are one clip."
+            )
 
     def _work(self, frames: int) -> int:
         return frames if self.plan is None else work_units(self.plan, frames, self.settings.mode == STREAMING)
@@ -124,10 +132,14 @@ class ClipDecoder:
                 tile = next((size for size in TILE_SIZES if size < max(clip.shape[2:]) and size < (tile or 1e9)), 0)
                 chunk = 1 if tile else 0
             comfy.model_management.soft_empty_cache()
-            log.warning("Out of memory while decoding; going on with %s.",
-                        f"tiles of {tile * 8} pixels" if tile else f"{chunk} frames at once")
-        raise MemoryError(f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
-                          "programs, make smaller frames, or start ComfyUI with --cpu-vae.")
+            log.warning(
+                "Out of memory while decoding; going on with %s.",
+                f"tiles of {tile * 8} pixels" if tile else f"{chunk} frames at once",
+            )
+        raise MemoryError(
+            f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
+            "programs, make smaller frames, or start ComfyUI with --cpu-vae."
+        )
 
     def _pieces(self, clip: Tensor, chunk: int, tile: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
         if not tile:
@@ -187,8 +199,10 @@ def plan_of(model: nn.Module | None) -> Plan | None:
     decoder = getattr(model, "decoder", None)
     if isinstance(decoder, VideoDecoder):
         if decoder.time_mode != "conv-only":
-            raise ModelMismatchError("This VAE mixes frames by attention, which Temporal VAE Decode does not know. Use "
-                                     "the VAE Decode node for it.")
+            raise ModelMismatchError(
+                "This VAE mixes frames by attention, which Temporal VAE Decode does not know. Use "
+                "the VAE Decode node for it."
+            )
     elif not isinstance(decoder, TemporalConvsDecoder):
         return None
     steps: list[Spatial | Temporal] = []
@@ -224,4 +238,3 @@ def _end(decoder: nn.Module) -> list[Spatial | Temporal]:
     last = partial(conv, skip_video=True) if timed else conv
     steps: list[Spatial | Temporal] = [Spatial(lambda x: last(functional.silu(decoder.norm_out(x), inplace=True)))]
     return [*steps, Temporal((Stage(None, conv.time_mix_conv),))] if timed else steps
-

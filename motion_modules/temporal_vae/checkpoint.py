@@ -114,10 +114,14 @@ def _kind_of(weights: Mapping[str, Tensor], name: str) -> Kind:
     if is_temporal(weights):
         return Kind.SVD if any(key.endswith(".mix_factor") for key in weights) else Kind.VIDRD
     if "decoder.conv_in.weight" in weights:
-        raise CheckpointError(f"{name} is a VAE for images: it has no layers over time. Use the Load VAE node for it; "
-                              "Temporal VAE Decode takes it as well and decodes frame by frame.")
-    raise CheckpointError(f"{name} is not a VAE with a temporal decoder. Choose the VAE of Stable Video Diffusion (the "
-                          "vae folder of its diffusers release) or the fine-tuned VAE of Reuse and Diffuse.")
+        raise CheckpointError(
+            f"{name} is a VAE for images: it has no layers over time. Use the Load VAE node for it; "
+            "Temporal VAE Decode takes it as well and decodes frame by frame."
+        )
+    raise CheckpointError(
+        f"{name} is not a VAE with a temporal decoder. Choose the VAE of Stable Video Diffusion (the "
+        "vae folder of its diffusers release) or the fine-tuned VAE of Reuse and Diffuse."
+    )
 
 
 def _folded(weights: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -221,12 +225,15 @@ def _check_whole(weights: Mapping[str, Tensor], expected: Mapping[str, Shape], n
     surplus = [key for key in weights if key not in expected]
     for keys, what in ((missing, "lacks"), (surplus, "has unknown")):
         if keys:
-            raise CheckpointError(f"{name}: {what} {len(keys)} tensors of a temporal VAE, such as "
-                                  f"{', '.join(keys[:5])}. The file is damaged or of an unknown kind.")
+            raise CheckpointError(
+                f"{name}: {what} {len(keys)} tensors of a temporal VAE, such as "
+                f"{', '.join(keys[:5])}. The file is damaged or of an unknown kind."
+            )
     for key, shape in expected.items():
         tensor = weights[key]
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{name}: {key} has shape {tuple(tensor.shape)} where {shape} is needed; the file is "
-                                  "damaged.")
+            raise CheckpointError(
+                f"{name}: {key} has shape {tuple(tensor.shape)} where {shape} is needed; the file is damaged."
+            )
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name}: {key} holds NaN, infinite or whole numbers; download the file again.")

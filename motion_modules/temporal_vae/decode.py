@@ -94,7 +94,7 @@ def _run(plan: Plan, latent: Tensor, gate: Gate, shop: Workshop) -> Iterator[Ten
             if stage.norm is not None:
                 flow = gate(flow, stage.norm, begins)
                 begins = False
-            flow = convolve(flow, stage.conv, shop.fetch)
+            flow = convolve(flow, stage.conv, shop.fetch, isinstance(gate, _Sweep))
         if step.weight is not None:
             flow = merge(flow, step.weight)
     for piece in flow:

@@ -71,13 +71,13 @@ def normalise(flow: Flow, norm: nn.GroupNorm, statistics: Statistics, fetch: Fet
     return map(apply, flow)
 
 
-def convolve(flow: Flow, conv: nn.Conv3d, fetch: Fetch) -> Flow:
+def convolve(flow: Flow, conv: nn.Conv3d, fetch: Fetch, parked: bool = False) -> Flow:
     """Convolution with kernel (3, 1, 1), stride 1 and one frame of zeros at either end of the clip.
 
     Each output frame is one matrix product over its three neighbours, whatever the pieces are, so that its value does
-    not depend on them.
+    not depend on them. parked: what is to be added later lies in memory for the whole clip anyway.
     """
-    taps = _Taps(conv, fetch)
+    taps = _Taps(conv, fetch, parked)
     for ready in map(taps.push, chain(flow, (None,))):
         while ready:
             yield ready.pop()
@@ -86,8 +86,8 @@ def convolve(flow: Flow, conv: nn.Conv3d, fetch: Fetch) -> Flow:
 class _Taps:
     """The last frame that was given out, if any, and the one that waits for its successor."""
 
-    def __init__(self, conv: nn.Conv3d, fetch: Fetch) -> None:
-        self.conv, self.fetch = conv, fetch
+    def __init__(self, conv: nn.Conv3d, fetch: Fetch, parked: bool) -> None:
+        self.conv, self.fetch, self.parked = conv, fetch, parked
         self.frames: list[Tensor] = []
         self.skips: tuple[Tensor, ...] = ()
 
@@ -101,7 +101,7 @@ class _Taps:
         first = len(self.frames) // 2
         count = len(window) - first - (piece is not None)
         self.frames = [_own(frame) for frame in window[-2:]]
-        self.skips = tuple(_own(skip) for skip in skips[count:])
+        self.skips = skips[count:] if self.parked else tuple(_own(skip) for skip in skips[count:])
         if not count:
             return []
         return [Piece(_three_taps(window, first, count, *self.fetch(self.conv, window)), skips[:count])]
