@@ -9,7 +9,6 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from helpers_vae import TINY, clip, engine, random_weights
 from latentmotion.host import temporal_vae
 from latentmotion.host.vae import EXACT, ClipDecoder, DecodeSettings
@@ -37,7 +36,8 @@ def sizes(blocks: int) -> dict[str, object]:
 
 def diffusers_vidrd() -> tuple[nn.Module, dict[str, Tensor]]:
     """diffusers' image autoencoder, and its file with the layers of Reuse and Diffuse in it."""
-    vae = randomize(AutoencoderKL(**sizes(1), up_block_types=("UpDecoderBlock2D",) * 4)).eval()
+    library = pytest.importorskip("diffusers")
+    vae = randomize(library.AutoencoderKL(**sizes(1), up_block_types=("UpDecoderBlock2D",) * 4)).eval()
     weights = dict(vae.state_dict())
     for key, tensor in random_weights(Kind.VIDRD, TINY).items():
         if ".temp_convs." in key:
@@ -88,7 +88,8 @@ def test_reuse_and_diffuse_from_file(base_directory: Path, pack_nodes: dict, run
 
 def test_diffusers_svd_decodes_and_encodes_as_in_diffusers() -> None:
     """The renamed file in the host's class; widths the host's loader does not build, so the class is made here."""
-    network = randomize(AutoencoderKLTemporalDecoder(**sizes(2))).eval()
+    library = pytest.importorskip("diffusers")
+    network = randomize(library.AutoencoderKLTemporalDecoder(**sizes(2))).eval()
     file = read_temporal_vae(network.state_dict(), "vae.safetensors")
     assert file.kind is Kind.SVD and file.widths == Widths(32, (1, 1, 1, 1), 2, 4, None)
     ours = engine(file.widths)
@@ -106,9 +107,11 @@ def test_layouts_are_those_of_the_networks() -> None:
     with torch.device("meta"):
         host = engine(SVD_WIDTHS).state_dict()
     assert dict(layout(Kind.SVD, SVD_WIDTHS)) == {key: tuple(tensor.shape) for key, tensor in host.items()}
+    library = pytest.importorskip("diffusers")
     with torch.device("meta"):
-        published = AutoencoderKLTemporalDecoder(block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                                                 down_block_types=("DownEncoderBlock2D",) * 4)  # fmt: skip
+        published = library.AutoencoderKLTemporalDecoder(
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2, down_block_types=("DownEncoderBlock2D",) * 4
+        )
     assert len(published.state_dict()) == len(host) + 2
 
 
