@@ -132,10 +132,9 @@ class ClipDecoder:
                 tile = next((size for size in TILE_SIZES if size < max(clip.shape[2:]) and size < (tile or 1e9)), 0)
                 chunk = 1 if tile else 0
             comfy.model_management.soft_empty_cache()
-            log.warning(
-                "Out of memory while decoding; going on with %s.",
-                f"tiles of {tile * 8} pixels" if tile else f"{chunk} frames at once",
-            )
+            if chunk:
+                way = f"tiles of {tile} latent pixels" if tile else f"{chunk} frames at once"
+                log.warning("Out of memory while decoding; going on with %s.", way)
         raise MemoryError(
             f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
             "programs, make smaller frames, or start ComfyUI with --cpu-vae."
