@@ -14,6 +14,7 @@ from . import paths
 from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
+from .vae import EXACT, STREAMING, DecodeSettings
 
 AS_TRAINED = "as trained"
 MODELS_OWN = "image model's own"
@@ -26,6 +27,7 @@ WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
 FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
+DECODE_MODES = [EXACT, STREAMING]
 
 
 def known_file(folder: str, name: str | None) -> bool | str:
@@ -138,3 +140,8 @@ def reuse_settings(*, clip_length: int, prompt_frames: int, alpha: float, beta: 
     if guidance not in GUIDANCES:
         raise ValueError(f"guidance is '{guidance}', which is none of its choices: {', '.join(GUIDANCES)}.")
     return Reuse(clip_length, prompt_frames, alpha, beta, Guidance(guidance))
+def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSettings:
+    """Translate the widgets of Temporal VAE Decode. Raises ValueError for a mode that does not exist."""
+    if mode not in DECODE_MODES:
+        raise ValueError(f"mode is '{mode}', which is none of its choices: {', '.join(DECODE_MODES)}.")
+    return DecodeSettings(mode, max(1, chunk_frames), clip_length)

@@ -10,9 +10,11 @@ import folder_paths
 from ..motion_modules.animatediff.checkpoint import refuse_other_files, unwrap
 from ..motion_modules.errors import CheckpointError
 from ..motion_modules.files import read_outline
+from ..motion_modules.temporal_vae.checkpoint import is_temporal
 
 MOTION_MODULES = "animatediff_models"
 MOTION_LORAS = "animatediff_motion_lora"
+VAES = "vae"
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 
@@ -42,7 +44,7 @@ def locate(folder: str, name: str) -> Path:
 
 def missing_file(folder: str, name: str) -> str:
     """The sentence for a shared workflow that names a file this user lacks."""
-    kind = {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA"}[folder]
+    kind = {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA", VAES: "VAE"}[folder]
     fitting = [candidate for candidate in list_files(folder) if _fits(folder, candidate)]
     if not fitting:
         return (f"The {kind} {name} is not in your {folder} folder, and neither is any other. Put one into "
@@ -61,6 +63,8 @@ def _fits(folder: str, name: str) -> bool:
         outline = read_outline(path)
         if folder == MOTION_MODULES:
             refuse_other_files(unwrap(outline), name)
+        if folder == VAES:
+            return is_temporal(outline)
         return folder == MOTION_MODULES or any("motion_modules." in key and "lora" in key for key in outline)
     except CheckpointError:
         return False

@@ -1,0 +1,239 @@
+"""Latents of clips to pixels in bounded memory: temporal decoders exactly or streaming, other VAEs frame by frame."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import torch
+from comfy.ldm.modules.temporal_ae import AE3DConv, VideoDecoder, VideoResBlock
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..motion_modules.errors import ClipError, ModelMismatchError
+from ..motion_modules.temporal_vae.decode import Workshop, exact, streaming, work_units
+from ..motion_modules.temporal_vae.plan import Plan, Spatial, Stage, Temporal
+from ..sampling.tiles import feather, tiles
+from . import memory
+from .temporal_vae import TemporalConvsDecoder
+from .unet import host_affine
+
+EXACT, STREAMING = "exact", "streaming"
+TILE_SIZES, TILE_OVERLAP = (64, 32), 16  # latent pixels
+# Measured on the host's decoder: elements alive at once per pixel of a frame, and those a stream keeps for the next.
+WORKING_ELEMENTS, STREAM_ELEMENTS = 1000, 4500
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """mode: EXACT or STREAMING. chunk: frames worked on at once. clip_length: frames per clip, 0: all are one clip."""
+
+    mode: str = EXACT
+    chunk: int = 4
+    clip_length: int = 0
+
+
+class ClipDecoder:
+    """A VAE of the host that turns the latents of clips into pixels, some frames at a time."""
+
+    def __init__(self, vae: comfy.sd.VAE, settings: DecodeSettings | None = None) -> None:
+        """Raises ModelMismatchError for a VAE whose latents have a time axis of their own."""
+        self.vae = vae
+        self.settings = settings or DecodeSettings()
+        if getattr(vae, "latent_dim", 2) != 2:
+            raise ModelMismatchError(
+                "This VAE has its own time axis, so its frames cannot be told apart before "
+                "decoding. Use the VAE Decode node for it."
+            )
+        self.plan = plan_of(getattr(vae, "first_stage_model", None))
+
+    @property
+    def is_temporal(self) -> bool:
+        """Whether the decoder looks across frames; otherwise both modes decode frame by frame."""
+        return self.plan is not None
+
+    def size(self, latent: Tensor) -> tuple[int, int, int]:
+        """Frames, height and width in pixels of what `frames` yields in all.
+
+        Shapes: latent (v f, c, h, w). Raises ClipError for latents that do not fit the VAE or the clip length.
+        """
+        self._check(latent)
+        scale = self.vae.spacial_compression_decode()
+        return len(latent), latent.shape[2] * scale, latent.shape[3] * scale
+
+    def frames(self, latent: Tensor) -> Iterator[Tensor]:
+        """Decode clip after clip; nothing is computed before the first chunk is asked for.
+
+        Shapes: latent (v f, c, h, w) -> chunks (n, H, W, 3), n <= chunk, in order; float32 on the CPU, in [0, 1].
+        Between two chunks the model may be unloaded, and Cancel is answered. Raises ClipError as `size`.
+        """
+        self._check(latent)
+        length = self.settings.clip_length or len(latent)
+        clips = latent.split(length)
+        progress = comfy.utils.ProgressBar(len(clips) * self._work(length))
+        for clip in clips:
+            yield from self._images(clip, progress) if self.plan is None else self._clip(clip, progress)
+
+    def _check(self, latent: Tensor) -> None:
+        length, channels = self.settings.clip_length, getattr(self.vae, "latent_channels", None)
+        if latent.ndim != 4:
+            raise ClipError(
+                f"These latents have {latent.ndim} axes; a batch of frames (frames, channels, height, "
+                "width) is needed. Latents with a time axis belong to VAE Decode."
+            )
+        if channels is not None and latent.shape[1] != channels:
+            raise ClipError(
+                f"These latents have {latent.shape[1]} channels and this VAE decodes {channels}. Use the "
+                "VAE of the model that made them."
+            )
+        if length and len(latent) % length:
+            raise ClipError(
+                f"{len(latent)} frames are no whole number of clips of {length}. Set clip_length to 0 if "
+                "they are one clip."
+            )
+
+    def _work(self, frames: int) -> int:
+        return frames if self.plan is None else work_units(self.plan, frames, self.settings.mode == STREAMING)
+
+    def _images(self, clip: Tensor, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
+        for part in clip.split(self.settings.chunk):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            progress.update(len(part))
+            yield self.vae.decode(part).to("cpu", torch.float32)
+
+    def _clip(self, clip: Tensor, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
+        """One clip; where memory runs out, again with fewer frames at once, and in tiles once a single one is too many.
+
+        What was given out already is decoded anew and dropped.
+        """
+        given, chunk, tile, failure = 0, self.settings.chunk, 0, None
+        while chunk:
+            try:
+                past = 0
+                for pixels in self._pieces(clip, chunk, tile, progress.update):
+                    fresh = pixels[max(given - past, 0) :]
+                    past += len(pixels)
+                    if len(fresh):
+                        given = past
+                        yield fresh
+                return
+            except comfy.model_management.OOM_EXCEPTION as error:
+                failure = str(error)
+            if chunk > 1:
+                chunk //= 2
+            else:
+                tile = next((size for size in TILE_SIZES if size < max(clip.shape[2:]) and size < (tile or 1e9)), 0)
+                chunk = 1 if tile else 0
+            comfy.model_management.soft_empty_cache()
+            if chunk:
+                way = f"tiles of {tile} latent pixels" if tile else f"{chunk} frames at once"
+                log.warning("Out of memory while decoding; going on with %s.", way)
+        raise MemoryError(
+            f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
+            "programs, make smaller frames, or start ComfyUI with --cpu-vae."
+        )
+
+    def _pieces(self, clip: Tensor, chunk: int, tile: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
+        if not tile:
+            return self._run(clip, chunk, on_frames)
+        return self._tiled(clip, chunk, tile, on_frames)
+
+    def _tiled(self, clip: Tensor, chunk: int, size: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
+        """All frames of one tile after the other, blended over the overlaps; the pixels wait in RAM."""
+        frames, height, width = self.size(clip)
+        scale = self.vae.spacial_compression_decode()
+        canvas, total = torch.zeros(frames, 3, height, width), torch.zeros(height, width)
+        for tile in tiles(*clip.shape[2:], size, TILE_OVERLAP):
+            weight = feather(tile, *clip.shape[2:], TILE_OVERLAP, scale)
+            tile.of(total, scale).add_(weight)
+            start = 0
+            for pixels in self._run(tile.of(clip), chunk, on_frames):
+                part = tile.of(canvas[start : start + len(pixels)], scale)
+                part.addcmul_(pixels.movedim(-1, 1), weight)
+                start += len(pixels)
+        yield from canvas.div_(total).movedim(1, -1).split(self.settings.chunk)
+
+    def _run(self, clip: Tensor, chunk: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
+        vae, streams = self.vae, self.settings.mode == STREAMING
+        area = clip.shape[2] * clip.shape[3] * vae.spacial_compression_decode() ** 2
+        elements = WORKING_ELEMENTS * chunk + STREAM_ELEMENTS * streams
+        needed = area * elements * vae.vae_dtype.itemsize
+        shop = Workshop(chunk, partial(memory.park, reserve=needed), host_affine, on_frames)
+        pieces = (streaming if streams else exact)(self.plan, clip.to(vae.device, vae.vae_dtype), shop)
+        while True:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            load = comfy.model_management.load_models_gpu
+            load([vae.patcher], memory_required=needed, force_full_load=vae.disable_offload)
+            with torch.inference_mode():
+                pixels = next(pieces, None)
+                if pixels is None:
+                    return
+                pixels = vae.process_output(pixels.float()).movedim(1, -1).to("cpu", torch.float32)
+            yield pixels
+
+
+def decode_images(vae: comfy.sd.VAE, samples: dict[str, Any], settings: DecodeSettings) -> Tensor:
+    """All frames of a LATENT as one IMAGE, (v f, H, W, 3). Raises as ClipDecoder."""
+    decoder, latent = ClipDecoder(vae, settings), samples["samples"]
+    images = torch.empty(*decoder.size(latent), 3, device=comfy.model_management.intermediate_device())
+    start = 0
+    for chunk in decoder.frames(latent):
+        images[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return images
+
+
+def plan_of(model: nn.Module | None) -> Plan | None:
+    """The layers of a temporal decoder in order, or None for a network that decodes frame by frame.
+
+    Raises ModelMismatchError for a temporal decoder of another build.
+    """
+    decoder = getattr(model, "decoder", None)
+    if isinstance(decoder, VideoDecoder):
+        if decoder.time_mode != "conv-only":
+            raise ModelMismatchError(
+                "This VAE mixes frames by attention, which Temporal VAE Decode does not know. Use "
+                "the VAE Decode node for it."
+            )
+    elif not isinstance(decoder, TemporalConvsDecoder):
+        return None
+    steps: list[Spatial | Temporal] = []
+    if hasattr(model, "post_quant_conv"):
+        steps.append(Spatial(model.post_quant_conv))
+    steps += [Spatial(decoder.conv_in), *_resnet(decoder.mid.block_1)]
+    steps += [Spatial(decoder.mid.attn_1), *_resnet(decoder.mid.block_2)]
+    for level in reversed(range(decoder.num_resolutions)):
+        up = decoder.up[level]
+        for number, block in enumerate(up.block):
+            steps += _resnet(block)
+            steps += [Spatial(layer) for layer in list(up.attn)[number : number + 1]]
+            if isinstance(decoder, TemporalConvsDecoder):
+                stages = tuple(Stage(*pair) for pair in up.temp_convs[number].stages())
+                steps.append(Temporal(stages, lambda x: 1.0, on_single=False))
+        if level:
+            steps.append(Spatial(up.upsample))
+    return (*steps, *_end(decoder))
+
+
+def _resnet(block: nn.Module) -> list[Spatial | Temporal]:
+    if not isinstance(block, VideoResBlock):
+        return [Spatial(partial(block, temb=None))]
+    stack = block.time_stack
+    stages = Stage(stack.in_layers[0], stack.in_layers[2]), Stage(stack.out_layers[0], stack.out_layers[3])
+    weight = lambda x: block.get_alpha(bs=1).to(x)  # noqa: E731
+    return [Spatial(partial(block, temb=None, skip_video=True)), Temporal(stages, weight)]
+
+
+def _end(decoder: nn.Module) -> list[Spatial | Temporal]:
+    conv = decoder.conv_out
+    timed = isinstance(conv, AE3DConv)
+    last = partial(conv, skip_video=True) if timed else conv
+    steps: list[Spatial | Temporal] = [Spatial(lambda x: last(functional.silu(decoder.norm_out(x), inplace=True)))]
+    return [*steps, Temporal((Stage(None, conv.time_mix_conv),))] if timed else steps

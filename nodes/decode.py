@@ -1,0 +1,88 @@
+"""Latents of clips to pixels: temporal decoders in bounded memory, and the files of them the host does not know."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..host import options, paths, temporal_vae
+from ..host.vae import decode_images
+from .sockets import CATEGORY
+
+
+class LoadTemporalVae(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionLoadTemporalVAE",
+            display_name="Load Temporal VAE",
+            category=f"{CATEGORY}/decode",
+            description="Loads a VAE whose decoder looks across frames: that of Stable Video Diffusion, also in "
+            "diffusers' layout, or the fine-tuned one of Reuse and Diffuse. Both decode latents of SD1.x and SD2.x.",
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=paths.list_files(paths.VAES),
+                    tooltip="A file of the folder models/vae.",
+                ),
+            ],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="Goes to Temporal VAE Decode; encodes as any VAE.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str) -> bool | str:
+        return options.known_file(paths.VAES, vae_name)
+
+    @classmethod
+    def execute(cls, vae_name: str) -> io.NodeOutput:
+        return io.NodeOutput(temporal_vae.load_temporal_vae(vae_name))
+
+
+class TemporalVaeDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionTemporalVAEDecode",
+            display_name="Temporal VAE Decode",
+            category=f"{CATEGORY}/decode",
+            description="Decodes the latents of clips with bounded memory. With the VAE of Stable Video Diffusion or "
+            "of Reuse and Diffuse neighbouring frames agree, without seams; other VAEs decode frame by frame.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="The frames of a clip as a batch, from a sampler."),
+                io.Vae.Input("vae", tooltip="From Load Temporal VAE, an SVD checkpoint, or any VAE for images."),
+                *_decode_inputs(),
+            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="All frames, clip after clip.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: io.Latent.Type, vae: io.Vae.Type, **settings: object) -> io.NodeOutput:
+        return io.NodeOutput(decode_images(vae, samples, options.decoding(**settings)))
+
+
+def _decode_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "mode",
+            options=options.DECODE_MODES,
+            default=options.DECODE_MODES[0],
+            tooltip="exact: as if all frames were decoded in one call; waits for all of them. streaming: constant "
+            "memory for clips of any length, frames come out as they are made, close to exact (see the help page).",
+        ),
+        io.Int.Input(
+            "chunk_frames",
+            default=4,
+            min=1,
+            max=256,
+            tooltip="Frames worked on at once. More needs more memory and may be faster; the pixels are the same.",
+        ),
+        io.Int.Input(
+            "clip_length",
+            default=0,
+            min=0,
+            max=4096,
+            tooltip="Frames per clip. 0: the whole batch is one clip. 16 with a batch of 32 makes two clips.",
+        ),
+    ]
+
+
+NODES: list[type[io.ComfyNode]] = [LoadTemporalVae, TemporalVaeDecode]

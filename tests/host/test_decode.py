@@ -1,0 +1,246 @@
+"""Temporal VAE Decode against one call of the host's decoder on the whole clip."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from helpers_vae import clip, image_vae, svd_vae, vidrd_vae, whole
+from latentmotion.bench.side_by_side import peak_bytes
+from latentmotion.host.vae import EXACT, STREAMING, ClipDecoder, DecodeSettings
+from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
+from latentmotion.motion_modules.temporal_vae import decode
+from torch import Tensor, nn
+
+FRAMES = 8
+SURVEYED = 5
+LONG = SURVEYED + 4
+VAES = {"svd": svd_vae, "vidrd": vidrd_vae}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_survey() -> Iterator[None]:
+    """Streaming begins with clips of six frames, so that the tests are quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decode, "SURVEY_FRAMES", SURVEYED)
+        yield
+
+
+@pytest.fixture(scope="module", params=VAES)
+def vae(request: pytest.FixtureRequest) -> comfy.sd.VAE:
+    return VAES[request.param]()
+
+
+@pytest.fixture(scope="module")
+def svd() -> comfy.sd.VAE:
+    return svd_vae()
+
+
+def decoded(vae: comfy.sd.VAE, latent: Tensor, mode: str = EXACT, chunk: int = 3, clip_length: int = 0) -> Tensor:
+    """All chunks, each of the promised form."""
+    chunks = list(ClipDecoder(vae, DecodeSettings(mode, chunk, clip_length)).frames(latent))
+    assert all(0 < len(part) <= chunk for part in chunks)
+    assert all(part.dtype == torch.float32 and part.device.type == "cpu" for part in chunks)
+    return torch.cat(chunks)
+
+
+def assert_same(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    assert expected.std() > 0.05 and (expected[1:] - expected[:-1]).abs().mean() > 0.01, "the clip must move"
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, FRAMES])
+def test_exact_is_one_call_of_the_hosts_decoder(vae: comfy.sd.VAE, chunk: int) -> None:
+    latent = clip(FRAMES)
+    assert_same(decoded(vae, latent, EXACT, chunk), whole(vae, latent))
+
+
+def test_chunks_of_the_host_are_not_the_whole_clip(vae: comfy.sd.VAE) -> None:
+    """What the node is for: the host's own way to save memory changes the pixels."""
+    latent = clip(FRAMES)
+    parts = torch.cat([whole(vae, part) for part in latent.split(4)])
+    assert (parts - whole(vae, latent)).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("chunk", [2, 7, LONG])
+def test_streaming_gives_the_same_pixels_for_every_chunk(vae: comfy.sd.VAE, chunk: int) -> None:
+    latent = clip(LONG)
+    one = decoded(vae, latent, STREAMING, 1)
+    assert_same(decoded(vae, latent, STREAMING, chunk), one)
+    expected = whole(vae, latent)
+    cut = torch.cat([whole(vae, part) for part in latent.split(SURVEYED)])
+    assert 1e-4 < (one - expected).abs().mean() < (cut - expected).abs().mean(), "closer than pieces as long"
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+def test_one_frame(vae: comfy.sd.VAE, mode: str) -> None:
+    latent = clip(1)
+    torch.testing.assert_close(decoded(vae, latent, mode), whole(vae, latent), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+def test_clips_of_a_batch_do_not_leak(vae: comfy.sd.VAE, mode: str) -> None:
+    length = LONG if mode == STREAMING else 5
+    first, second = clip(length), 3 * clip(length, seed=1)
+    both = decoded(vae, torch.cat((first, second)), mode, clip_length=length)
+    assert torch.equal(both, torch.cat([decoded(vae, latent, mode) for latent in (first, second)]))
+    assert not torch.equal(both, decoded(vae, torch.cat((first, second)), mode))
+
+
+def test_bfloat16() -> None:
+    vae, latent = svd_vae(dtype=torch.bfloat16), clip(FRAMES)
+    found, expected = decoded(vae, latent), whole(vae, latent)
+    assert (found - expected).abs().mean() < 5e-3 and (found - expected).abs().max() < 0.06
+
+
+def test_weights_are_fetched_as_the_host_casts_them(svd: comfy.sd.VAE) -> None:
+    """With its casting layers, as for a model that is only partly on the device."""
+    latent = clip(FRAMES)
+    expected = decoded(svd, latent)
+    layers = [layer for layer in svd.first_stage_model.modules() if hasattr(layer, "comfy_cast_weights")]
+    try:
+        for layer in layers:
+            layer.comfy_cast_weights = True
+        assert torch.equal(decoded(svd, latent), expected)
+    finally:
+        for layer in layers:
+            layer.comfy_cast_weights = False
+
+
+def test_image_vae_decodes_frame_by_frame() -> None:
+    vae, latent = image_vae(), clip(5)
+    decoder = ClipDecoder(vae, DecodeSettings(chunk=2))
+    assert not decoder.is_temporal
+    torch.testing.assert_close(torch.cat(list(decoder.frames(latent))), vae.decode(latent), rtol=1e-5, atol=1e-5)
+
+
+def test_streaming_memory_does_not_grow_with_the_clip(svd: comfy.sd.VAE) -> None:
+    def peak(frames: int) -> int:
+        latent = clip(frames)
+
+        def run() -> None:
+            for _ in ClipDecoder(svd, DecodeSettings(STREAMING, 4)).frames(latent):
+                pass
+
+        return peak_bytes(run)
+
+    assert peak(LONG + 34) < 1.02 * peak(LONG + 24)
+
+
+def test_size_is_known_and_nothing_computed_beforehand(svd: comfy.sd.VAE) -> None:
+    calls = []
+    handle = svd.first_stage_model.decoder.conv_in.register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        decoder = ClipDecoder(svd)
+        assert decoder.size(clip(5)) == (5, 24, 16)
+        frames = decoder.frames(clip(5))
+        assert not calls
+        assert next(frames).shape[1:] == (24, 16, 3) and calls
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+def test_cancel_and_unloading_between_chunks(svd: comfy.sd.VAE, mode: str) -> None:
+    latent = clip(LONG)
+    expected = decoded(svd, latent, mode, 2)
+    frames = ClipDecoder(svd, DecodeSettings(mode, 2)).frames(latent)
+    first = next(frames)
+    comfy.model_management.unload_all_models()
+    assert torch.equal(torch.cat((first, next(frames))), expected[: 2 * len(first)])
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        next(frames)
+
+
+def out_of_memory(layer: nn.Module, refuse: Callable[[Tensor], bool]) -> Iterator[None]:
+    """While it lasts `layer` runs out of memory for some inputs."""
+
+    def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
+        if refuse(inputs[0]):
+            raise comfy.model_management.OOM_EXCEPTION("injected: out of memory")
+
+    return layer.register_forward_pre_hook(check)
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+def test_out_of_memory_means_fewer_frames_at_once(svd: comfy.sd.VAE, mode: str) -> None:
+    latent = clip(LONG)
+    expected = decoded(svd, latent, mode)
+    handle = out_of_memory(svd.first_stage_model.decoder.mid.attn_1, lambda x: len(x) > 2)
+    try:
+        assert_same(decoded(svd, latent, mode, 8), expected)
+    finally:
+        handle.remove()
+
+
+def test_out_of_memory_in_the_middle_of_a_clip(svd: comfy.sd.VAE) -> None:
+    """Frames that were given out are not given out again."""
+    latent, calls = clip(FRAMES), []
+    expected = decoded(svd, latent)
+    frames = ClipDecoder(svd, DecodeSettings(EXACT, 4)).frames(latent)
+    first = next(frames)
+    handle = out_of_memory(svd.first_stage_model.decoder.norm_out, lambda x: calls.append(1) or len(calls) == 1)
+    try:
+        assert_same(torch.cat((first, *frames)), expected)
+        assert calls
+    finally:
+        handle.remove()
+
+
+def test_tiles_have_no_seams(svd: comfy.sd.VAE) -> None:
+    """A frame too large for the memory: no step at the edge of a tile, all frames of a tile agree."""
+    latent = nn.functional.interpolate(clip(2, height=1, width=4), size=(2, 72), mode="bilinear")
+    plain = decoded(svd, latent)
+    handle = out_of_memory(svd.first_stage_model.decoder.mid.attn_1, lambda x: x.shape[-1] > 64)
+    try:
+        found = decoded(svd, latent)
+    finally:
+        handle.remove()
+    assert not torch.equal(found, plain)
+    steps = [(part[:, :, 1:] - part[:, :, :-1]).abs().amax(dim=(0, 1, 3)) for part in (found, plain)]
+    assert steps[0].max() < 1.1 * steps[1].max()
+    assert (found - plain).abs().mean() < 0.06
+
+
+def test_nothing_helps(svd: comfy.sd.VAE) -> None:
+    handle = out_of_memory(svd.first_stage_model.decoder.conv_in, lambda x: True)
+    try:
+        with pytest.raises(MemoryError, match="not enough memory to decode one frame"):
+            decoded(svd, clip(3))
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize(("latent", "length", "sentence"), [
+    (torch.zeros(4, 16, 2, 2), 0, "16 channels and this VAE decodes 4"),
+    (torch.zeros(1, 4, 4, 2, 2), 0, "5 axes"),
+    (torch.zeros(7, 4, 2, 2), 3, "7 frames are no whole number of clips of 3"),
+])  # fmt: skip
+def test_latents_that_do_not_fit(svd: comfy.sd.VAE, latent: Tensor, length: int, sentence: str) -> None:
+    decoder = ClipDecoder(svd, DecodeSettings(clip_length=length))
+    for call in (decoder.size, lambda z: next(decoder.frames(z))):
+        with pytest.raises(ClipError, match=sentence):
+            call(latent)
+
+
+def test_vae_with_a_time_axis_is_refused() -> None:
+    vae = image_vae()
+    vae.latent_dim = 3
+    with pytest.raises(ModelMismatchError, match="its own time axis"):
+        ClipDecoder(vae)
+
+
+def test_node(vae: comfy.sd.VAE, run_node: Callable[..., tuple]) -> None:
+    latent = clip(6)
+    samples = {"samples": latent.clone(), "batch_index": [1]}
+    inputs = {"samples": samples, "vae": vae, "mode": EXACT, "chunk_frames": 4, "clip_length": 0}
+    for _ in range(2):
+        (images,) = run_node("LatentMotionTemporalVAEDecode", **inputs)
+        assert_same(images, whole(vae, latent))
+    assert torch.equal(samples["samples"], latent)
+    with pytest.raises(ValueError, match="none of its choices"):
+        run_node("LatentMotionTemporalVAEDecode", **inputs | {"mode": "fast"})
