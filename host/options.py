@@ -140,6 +140,8 @@ def reuse_settings(*, clip_length: int, prompt_frames: int, alpha: float, beta: 
     if guidance not in GUIDANCES:
         raise ValueError(f"guidance is '{guidance}', which is none of its choices: {', '.join(GUIDANCES)}.")
     return Reuse(clip_length, prompt_frames, alpha, beta, Guidance(guidance))
+
+
 def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSettings:
     """Translate the widgets of Temporal VAE Decode. Raises ValueError for a mode that does not exist."""
     if mode not in DECODE_MODES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from comfy.ldm.modules.temporal_ae import AE3DConv, VideoDecoder, VideoResBlock
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..media.clip import Clip
 from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..motion_modules.temporal_vae.decode import Workshop, exact, streaming, work_units
 from ..motion_modules.temporal_vae.plan import Plan, Spatial, Stage, Temporal
@@ -23,6 +25,7 @@ from ..sampling.tiles import feather, tiles
 from . import memory
 from .temporal_vae import TemporalConvsDecoder
 from .unet import host_affine
+from .video import StreamedVideo
 
 EXACT, STREAMING = "exact", "streaming"
 TILE_SIZES, TILE_OVERLAP = (64, 32), 16  # latent pixels
@@ -179,15 +182,12 @@ class ClipDecoder:
             yield pixels
 
 
-def decode_images(vae: comfy.sd.VAE, samples: dict[str, Any], settings: DecodeSettings) -> Tensor:
-    """All frames of a LATENT as one IMAGE, (v f, H, W, 3). Raises as ClipDecoder."""
+def decode_video(
+    vae: comfy.sd.VAE, samples: dict[str, Any], frame_rate: Fraction, settings: DecodeSettings
+) -> StreamedVideo:
+    """All frames of a LATENT as a VIDEO, decoded while something saves or collects it. Raises as ClipDecoder."""
     decoder, latent = ClipDecoder(vae, settings), samples["samples"]
-    images = torch.empty(*decoder.size(latent), 3, device=comfy.model_management.intermediate_device())
-    start = 0
-    for chunk in decoder.frames(latent):
-        images[start : start + len(chunk)] = chunk
-        start += len(chunk)
-    return images
+    return StreamedVideo(Clip(*decoder.size(latent), frame_rate, partial(decoder.frames, latent)))
 
 
 def plan_of(model: nn.Module | None) -> Plan | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from comfy_api.latest import io
 
 from ..host import options, paths, temporal_vae
-from ..host.vae import decode_images
+from ..host.vae import decode_video
 from .sockets import CATEGORY
 
 
@@ -49,14 +51,26 @@ class TemporalVaeDecode(io.ComfyNode):
             inputs=[
                 io.Latent.Input("samples", tooltip="The frames of a clip as a batch, from a sampler."),
                 io.Vae.Input("vae", tooltip="From Load Temporal VAE, an SVD checkpoint, or any VAE for images."),
+                io.Float.Input(
+                    "frame_rate", default=8.0, min=0.1, max=240.0, step=0.01, tooltip="Frames per second of the video."
+                ),
                 *_decode_inputs(),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="All frames, clip after clip.")],
+            outputs=[
+                io.Video.Output(
+                    display_name="video",
+                    tooltip="All frames, clip after clip, decoded while Save Video writes them; Get Video Components "
+                    "makes images of it.",
+                )
+            ],
         )
 
     @classmethod
-    def execute(cls, samples: io.Latent.Type, vae: io.Vae.Type, **settings: object) -> io.NodeOutput:
-        return io.NodeOutput(decode_images(vae, samples, options.decoding(**settings)))
+    def execute(
+        cls, samples: io.Latent.Type, vae: io.Vae.Type, frame_rate: float, **settings: object
+    ) -> io.NodeOutput:
+        rate = Fraction(frame_rate).limit_denominator(1001)
+        return io.NodeOutput(decode_video(vae, samples, rate, options.decoding(**settings)))
 
 
 def _decode_inputs() -> list[io.Input]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 
 import comfy.model_management
 import comfy.sd
@@ -237,10 +238,14 @@ def test_vae_with_a_time_axis_is_refused() -> None:
 def test_node(vae: comfy.sd.VAE, run_node: Callable[..., tuple]) -> None:
     latent = clip(6)
     samples = {"samples": latent.clone(), "batch_index": [1]}
-    inputs = {"samples": samples, "vae": vae, "mode": EXACT, "chunk_frames": 4, "clip_length": 0}
-    for _ in range(2):
-        (images,) = run_node("LatentMotionTemporalVAEDecode", **inputs)
+    settings = {"mode": EXACT, "chunk_frames": 4, "clip_length": 0}
+    inputs = {"samples": samples, "vae": vae, "frame_rate": 12.5, **settings}
+    (video,) = run_node("LatentMotionTemporalVAEDecode", **inputs)
+    assert (video.get_frame_count(), video.get_frame_rate()) == (6, Fraction(25, 2))
+    for _ in range(2):  # nothing is kept, so it can be used again
+        images = video.get_components().images
         assert_same(images, whole(vae, latent))
+    assert video.get_dimensions() == (images.shape[2], images.shape[1])
     assert torch.equal(samples["samples"], latent)
     with pytest.raises(ValueError, match="none of its choices"):
         run_node("LatentMotionTemporalVAEDecode", **inputs | {"mode": "fast"})
