@@ -28,7 +28,7 @@ from PIL import Image  # noqa: E402
 
 GAP_X, GAP_Y, BAND_GAP, TITLE, MARGIN = 70, 30, 90, 30, 20
 WIDTH, PROMPT_SIZE = 300, (380, 110)
-SIZES = {"SaveVideo": (380, 490), "LatentMotionPromptTravel": (380, 230), "PreviewAny": (380, 220)}
+SIZES = {"SaveVideo": (380, 490), "LatentMotionPromptTravel": (380, 230), "PreviewAny": (380, 220), "LatentMotionSaveVideo": (380, 490)}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
@@ -86,6 +86,12 @@ LAYOUTS = {
         "noise in reverse, and its first frames are led by the first clip's last ones. Raise batch_size to 48 for "
         "three clips.\n\nThe sampler must keep nothing from step to step: euler, ddim or lcm, not dpmpp_2m. To go on "
         "from a clip you have, connect its latent to *continue_from*.",
+    ),
+    "stream_to_file": Layout(
+        (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8,), (10,)),),
+        "**Stream to file**\n\n*Temporal VAE Decode* gives a video that is decoded while *Save Video* writes it, a few "
+        "frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents are still "
+        "there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames also agree.",
     ),
     "image_to_video": Layout(
         (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
