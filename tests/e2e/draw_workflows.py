@@ -28,7 +28,12 @@ from PIL import Image  # noqa: E402
 
 GAP_X, GAP_Y, BAND_GAP, TITLE, MARGIN = 70, 30, 90, 30, 20
 WIDTH, PROMPT_SIZE = 300, (380, 110)
-SIZES = {"SaveVideo": (380, 490), "LatentMotionPromptTravel": (380, 230), "PreviewAny": (380, 220), "LatentMotionSaveVideo": (380, 490)}
+SIZES = {
+    "SaveVideo": (380, 490),
+    "LatentMotionSaveVideo": (380, 490),
+    "LatentMotionPromptTravel": (380, 230),
+    "PreviewAny": (380, 220),
+}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
