@@ -61,6 +61,7 @@ def fit(
     save_every: int = 0,
     losses: list[float] | None = None,
     loss_scale: float = 1.0,
+    finish: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train `parameters` in place and return their averaged values in float32, keyed as they came.
 
@@ -69,6 +70,7 @@ def fit(
     steps and `save_every_s` seconds, and when anything ends the run before its last step.
     losses: gets the loss of every step, of those before an interruption too.
     loss_scale: factor that keeps float16 gradients from vanishing; halved, and the step left out, when they overflow.
+    finish: gets the result while the state is still there, so that what cannot be written is not lost.
     Raises Stopped when `should_stop()` says so, TrainingError when the loss is not a number any more.
     """
     run = _Run(parameters, recipe, [] if losses is None else losses, loss_scale)
@@ -85,6 +87,8 @@ def fit(
             if state_path and due:
                 run.save(state_path)
                 saved = time.monotonic()
+        if finish:
+            finish(run.average)
     except BaseException:
         if state_path and run.consistent:
             run.save(state_path)
