@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
+from ..motion_modules.errors import CheckpointError
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
 from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
+from ..training.loop import Recipe
 from . import paths
 from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
+from .train import LoraTraining
 from .vae import EXACT, STREAMING, DecodeSettings
 
 AS_TRAINED = "as trained"
@@ -28,6 +31,8 @@ FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
 DECODE_MODES = [EXACT, STREAMING]
+GO_ON, START_OVER = "go on", "start over"
+EXISTING = [GO_ON, START_OVER]
 
 
 def known_file(folder: str, name: str | None) -> bool | str:
@@ -147,3 +152,47 @@ def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSetting
     if mode not in DECODE_MODES:
         raise ValueError(f"mode is '{mode}', which is none of its choices: {', '.join(DECODE_MODES)}.")
     return DecodeSettings(mode, max(1, chunk_frames), clip_length)
+
+
+def lora_training(
+    *,
+    file_name: str,
+    rank: int,
+    alpha: float,
+    steps: int,
+    learning_rate: float,
+    frames: int,
+    stride: int,
+    clip_length: int,
+    batch_size: int,
+    accumulate: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    save_every: int,
+    existing: str,
+) -> LoraTraining:
+    """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
+    if existing not in EXISTING:
+        raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
+    recipe = Recipe("MotionLoRA", steps, batch_size, learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
+                    average=0.98, seed=seed, accumulate=accumulate)  # fmt: skip
+    return LoraTraining(
+        path=paths.new_file(paths.MOTION_LORAS, file_name),
+        recipe=recipe,
+        rank=rank,
+        alpha=alpha,
+        frames=frames,
+        stride=stride,
+        clip_length=clip_length,
+        recompute=gradient_checkpointing,
+        save_every=save_every,
+        go_on=existing == GO_ON,
+    )
+
+
+def known_new_file(folder: str, name: str | None) -> bool | str:
+    """True, or the sentence for a file name that cannot be written; None (linked) is not known yet."""
+    try:
+        return name is None or bool(paths.new_file(folder, name))
+    except CheckpointError as error:
+        return str(error)

@@ -42,6 +42,19 @@ def locate(folder: str, name: str) -> Path:
     return Path(path)
 
 
+def new_file(folder: str, name: str) -> Path:
+    """Where a file of this name is to be written: the user's first folder of the kind.
+
+    Raises CheckpointError for a name that is none, or that leads out of that folder.
+    """
+    root = Path(folder_paths.get_folder_paths(folder)[0])
+    stem = name.strip().removesuffix(".safetensors")
+    path = (root / f"{stem}.safetensors").resolve()
+    if not stem or not path.is_relative_to(root.resolve()) or path.name.startswith("."):
+        raise CheckpointError(f"'{name}' is no name for a file in {root}. Write one such as zoom_in or pans/left.")
+    return path
+
+
 def missing_file(folder: str, name: str) -> str:
     """The sentence for a shared workflow that names a file this user lacks."""
     kind = {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA", VAES: "VAE"}[folder]

@@ -17,3 +17,7 @@ class ModelMismatchError(LatentMotionError):
 
 class ClipError(LatentMotionError):
     """The clip handed to a video model has an impossible number of frames."""
+
+
+class TrainingError(LatentMotionError):
+    """A training run cannot begin, go on or be kept."""

@@ -26,3 +26,10 @@ def attention(function: Callable | None, q: torch.Tensor, k: torch.Tensor, v: to
         weights = (scores if mask is None else scores + mask).softmax(-1)
         out = torch.bmm(weights, v).unflatten(0, (n, heads))
     return out.transpose(1, 2).reshape(n, length, channels)
+
+
+def over_frames(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The same over the few frames of a clip, for motion modules. Shapes: q, k, v (n, heads, f, d) -> the same."""
+    if q.device.type != "cpu":
+        return functional.scaled_dot_product_attention(q, k, v)
+    return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(-1), v)

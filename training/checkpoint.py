@@ -11,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..motion_modules.errors import TrainingError
+
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], recipe: dict[str, Any], dtype=torch.float16) -> None:
     """Write `weights` as `dtype`, with `recipe` (anything JSON can hold) under the metadata key `recipe`."""
@@ -36,16 +38,23 @@ def read_recipe(path: Path) -> dict[str, Any] | None:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write what a training run needs to go on after an interruption."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write what a training run needs to go on after an interruption. Raises TrainingError where it cannot be kept."""
     beside = path.with_name(path.name + ".part")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:
+        beside.unlink(missing_ok=True)
+        raise TrainingError(
+            f"The state of the training could not be written to {path} ({error}). Make room on that disk; training "
+            "then goes on from the state that was written before, if there is one."
+        ) from error
 
 
 def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an interrupted run of the same recipe, or None."""
+    """The state of an interrupted run of the same recipe, or None. What an older state does not say is not compared."""
     if not path.is_file():
         return None
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return state if state["recipe"] == recipe else None
+    return state if {**recipe, **state["recipe"]} == recipe else None

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..motion_modules.errors import TrainingError
 from .checkpoint import load_state, save_state
 from .precision import Masters
 
@@ -30,6 +31,8 @@ class Recipe:
     clip_norm: float = 1.0
     average: float = 0.998  # decay of the averaged weights
     seed: int = 0
+    accumulate: int = 1  # batches whose gradients make one step
+    about: str = ""  # of what is trained on what; another text is another run
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then half a cosine."""
@@ -43,7 +46,8 @@ class Stopped(Exception):
 
 
 LossFunction = Callable[[int, torch.Generator], torch.Tensor]
-"""(step, generator seeded for that step) -> scalar loss."""
+"""(number of the batch, generator seeded for that batch) -> scalar loss."""
+SMALLEST_SCALE = 2.0**-10
 
 
 def fit(
@@ -54,67 +58,113 @@ def fit(
     on_step: Callable[[int, int, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     save_every_s: float = 120.0,
+    save_every: int = 0,
+    losses: list[float] | None = None,
+    loss_scale: float = 1.0,
+    finish: Callable[[dict[str, torch.Tensor]], None] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train `parameters` in place and return their averaged values in float32, keyed as they came.
 
-    Every step draws from a generator seeded by (recipe.seed, step), so an interrupted run that goes on from
-    `state_path` sees the same numbers as one that was never interrupted. Raises Stopped when `should_stop()` says so.
+    Every batch draws from a generator seeded by the recipe and its number, so an interrupted run that goes on from
+    `state_path` sees the same numbers as one that was never interrupted. The state is written every `save_every`
+    steps and `save_every_s` seconds, and when anything ends the run before its last step.
+    losses: gets the loss of every step, of those before an interruption too.
+    loss_scale: factor that keeps float16 gradients from vanishing; halved, and the step left out, when they overflow.
+    finish: gets the result while the state is still there, so that what cannot be written is not lost.
+    Raises Stopped when `should_stop()` says so, TrainingError when the loss is not a number any more.
     """
-    masters = Masters(parameters)
-    optimiser = torch.optim.AdamW(masters.tensors.values(), lr=0.0, weight_decay=recipe.weight_decay, betas=(0.9, 0.99))
-    average = {name: tensor.detach().clone() for name, tensor in masters.tensors.items()}
-    start = _resume(state_path, recipe, masters, optimiser, average)
+    run = _Run(parameters, recipe, [] if losses is None else losses, loss_scale)
+    run.resume(state_path)
     saved = time.monotonic()
-    for step in range(start, recipe.steps):
-        loss = loss_of(step, torch.Generator().manual_seed(recipe.seed * 1_000_003 + step))
-        loss.backward()
-        masters.pull()
-        torch.nn.utils.clip_grad_norm_(masters.tensors.values(), recipe.clip_norm)
-        for group in optimiser.param_groups:
-            group["lr"] = recipe.rate(step)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        masters.push()
-        _update_average(average, masters.tensors, min(recipe.average, (1 + step) / (10 + step)))
-        if on_step:
-            on_step(step + 1, recipe.steps, loss.item())
-        stop = should_stop is not None and should_stop()
-        if state_path and (stop or time.monotonic() - saved > save_every_s):
-            _save(state_path, recipe, step + 1, masters, optimiser, average)
-            saved = time.monotonic()
-        if stop:
-            raise Stopped(f"{recipe.name} stopped after {step + 1} of {recipe.steps} steps")
+    try:
+        while run.step < recipe.steps:
+            run.advance(loss_of)
+            if should_stop is not None and should_stop():
+                raise Stopped(f"{recipe.name} stopped after {run.step} of {recipe.steps} steps")
+            if on_step:
+                on_step(run.step, recipe.steps, run.losses[-1])
+            due = time.monotonic() - saved > save_every_s or (save_every and run.step % save_every == 0)
+            if state_path and due:
+                run.save(state_path)
+                saved = time.monotonic()
+        if finish:
+            finish(run.average)
+    except BaseException:
+        if state_path and run.consistent:
+            run.save(state_path)
+        raise
     if state_path:
         state_path.unlink(missing_ok=True)
-    return average
+    return run.average
+
+
+class _Run:
+    """What changes while a run goes on."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], recipe: Recipe, losses: list[float], scale: float) -> None:
+        self.recipe, self.losses, self.scale = recipe, losses, scale
+        self.masters = Masters(parameters)
+        tensors = self.masters.tensors
+        decay = recipe.weight_decay
+        self.optimiser = torch.optim.AdamW(tensors.values(), lr=0.0, weight_decay=decay, betas=(0.9, 0.99))
+        self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        self.step = 0
+        self.consistent = True  # weights, optimiser, average and step belong together
+
+    def advance(self, loss_of: LossFunction) -> None:
+        """One step: gradients of as many batches as the recipe adds up, then the update."""
+        recipe, tensors = self.recipe, self.masters.tensors
+        total = 0.0
+        for number in range(self.step * recipe.accumulate, (self.step + 1) * recipe.accumulate):
+            loss = loss_of(number, torch.Generator().manual_seed(recipe.seed * 1_000_003 + number))
+            (loss * (self.scale / recipe.accumulate)).backward()
+            total += loss.item()
+        self.masters.pull(self.scale)
+        norm = torch.nn.utils.clip_grad_norm_(tensors.values(), recipe.clip_norm)
+        self.consistent = False
+        if torch.isfinite(norm):
+            for group in self.optimiser.param_groups:
+                group["lr"] = recipe.rate(self.step)
+            self.optimiser.step()
+            self.masters.push()
+            _update_average(self.average, tensors, min(recipe.average, (1 + self.step) / (10 + self.step)))
+        else:
+            self.scale /= 2
+        self.optimiser.zero_grad(set_to_none=True)
+        self.losses.append(total / recipe.accumulate)
+        self.step += 1
+        if self.scale < SMALLEST_SCALE:
+            raise TrainingError(
+                f"{recipe.name}: the loss is not a number any more at step {self.step}, so nothing can be learned "
+                "from it. Lower the learning rate and start again."
+            )
+        self.consistent = True
+
+    def save(self, path: Path) -> None:
+        state: dict[str, Any] = {
+            "recipe": asdict(self.recipe),
+            "step": self.step,
+            "weights": {name: tensor.detach() for name, tensor in self.masters.tensors.items()},
+            "optimiser": self.optimiser.state_dict(),
+            "average": self.average,
+            "losses": self.losses,
+            "scale": self.scale,
+        }
+        save_state(path, state)
+
+    def resume(self, path: Path | None) -> None:
+        """Take up the state of an interrupted run of the same recipe, if there is one."""
+        state = load_state(path, asdict(self.recipe)) if path else None
+        if state is None:
+            return
+        self.masters.load(state["weights"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        for name, tensor in self.average.items():
+            tensor.copy_(state["average"][name])
+        self.step, self.scale = state["step"], state.get("scale", self.scale)
+        self.losses[:] = state.get("losses", [])
 
 
 @torch.no_grad()
 def _update_average(average: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor], decay: float) -> None:
     torch._foreach_lerp_(list(average.values()), [t.detach() for t in tensors.values()], 1.0 - decay)
-
-
-def _save(
-    path: Path, recipe: Recipe, step: int, masters: Masters, optimiser: torch.optim.Optimizer, average: dict
-) -> None:
-    state: dict[str, Any] = {
-        "recipe": asdict(recipe),
-        "step": step,
-        "weights": {name: tensor.detach() for name, tensor in masters.tensors.items()},
-        "optimiser": optimiser.state_dict(),
-        "average": average,
-    }
-    save_state(path, state)
-
-
-def _resume(
-    path: Path | None, recipe: Recipe, masters: Masters, optimiser: torch.optim.Optimizer, average: dict
-) -> int:
-    state = load_state(path, asdict(recipe)) if path else None
-    if state is None:
-        return 0
-    masters.load(state["weights"])
-    optimiser.load_state_dict(state["optimiser"])
-    for name, tensor in average.items():
-        tensor.copy_(state["average"][name])
-    return state["step"]

@@ -32,11 +32,14 @@ class Masters:
         }
         self._narrow = [name for name, p in parameters.items() if p is not self.tensors[name]]
 
-    def pull(self) -> None:
+    def pull(self, scale: float = 1.0) -> None:
+        """Fetch the gradients of a loss that was multiplied by `scale`, and divide them by it."""
         for name in self._narrow:
             grad = self.parameters[name].grad
             self.tensors[name].grad = None if grad is None else grad.float()
             self.parameters[name].grad = None
+        if scale != 1.0:
+            torch._foreach_div_([t.grad for t in self.tensors.values() if t.grad is not None], scale)
 
     @torch.no_grad()
     def push(self) -> None:

@@ -133,3 +133,8 @@ def parts_for(lora: MotionLora, spec: MotionSpec, shapes: Mapping[str, torch.Siz
         raise ModelMismatchError(f"{lora.name} changes the mid block only, which this {spec.variant.name} motion "
                                  "module does not have. Choose an AnimateDiff v2 motion module for it.")
     return fitting
+
+
+def published_key(layer: str) -> str:
+    """The authors' key of a change to an attention projection of this name, without `.down.weight`."""
+    return layer.removesuffix(".0").replace(".to_", ".processor.to_") + "_lora"

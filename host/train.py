@@ -1,0 +1,279 @@
+"""Training inside a node: the host's models lend their weights to one run, and are what they were afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sampler_helpers
+import comfy.samplers
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ..media.clip import Clip, clip_of_images
+from ..motion_modules.animatediff.lora import published_key, read_motion_lora
+from ..motion_modules.call import MotionCall
+from ..motion_modules.errors import ModelMismatchError, TrainingError
+from ..motion_modules.files import read_weights
+from ..training.attention import attention, over_frames
+from ..training.checkpoint import read_recipe, save_weights
+from ..training.clips import EMPTY, Clips, cut, stratified
+from ..training.estimate import run_bytes
+from ..training.frozen import frozen, recomputed, training
+from ..training.loop import Recipe, Stopped, fit
+from ..training.lora import LowRankSet
+from .inflate import KEY, Motion, MotionSettings
+from .motion import MotionModule, patch_motion_lora
+from .progress import TrainingProgress
+from .schedule import set_schedule
+from .training_layers import heavy_layers, layers_of
+from .unet import CALLS, check_fit, host_affine, inflated, joint_norms
+from .video import clip_of
+
+ENCODED_AT_ONCE = 8
+LOSS_SCALE = 4096.0  # the gradient of a mean over a whole clip is below what float16 can hold
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoraTraining:
+    """What a MotionLoRA is trained by.
+
+    path: the file to write. alpha: the change counts alpha / rank. clip_length: images per clip, 0 for all of them.
+    save_every: steps between two states on the disk. go_on: take up an interrupted run, or keep a finished one.
+    """
+
+    path: Path
+    recipe: Recipe
+    rank: int
+    alpha: float
+    frames: int
+    stride: int
+    clip_length: int
+    recompute: bool = True
+    save_every: int = 50
+    go_on: bool = True
+
+    @property
+    def state(self) -> Path:
+        return self.path.with_name(self.path.name + ".training")
+
+
+def train_motion_lora(
+    model: ModelPatcher, module: MotionModule, clip: Any, vae: Any, clips: Any, captions: str, how: LoraTraining
+) -> MotionModule:
+    """Train a MotionLoRA on the pictures of an IMAGE or VIDEO, write it, and return the motion module with it.
+
+    Neither MODEL nor motion module is changed or copied. On Cancel the state stays on the disk.
+    Raises TrainingError, ModelMismatchError and ClipError with a sentence for the user.
+    """
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        raise ModelMismatchError("This MODEL makes video already, and training puts the motion module on by itself. "
+                                 "Connect the image model from before Apply Motion Module.")  # fmt: skip
+    check_fit(model.get_model_object("diffusion_model"), module.spec, module.name)
+    if how.frames > module.spec.positions:
+        raise TrainingError(f"{module.name} knows {module.spec.positions} frame positions, and frames is {how.frames}. "
+                            f"Set frames to at most {module.spec.positions}.")  # fmt: skip
+    film = clip_of_images(clips, Fraction(1)) if isinstance(clips, Tensor) else clip_of(clips)
+    pieces, texts = cut(encode_pictures(model, vae, film), how.clip_length, captions)
+    cuts = Clips(pieces, texts, how.frames, how.stride)
+    model = model.clone()
+    if module.spec.variant.schedule is not None:
+        set_schedule(model, module.spec.variant.schedule)
+    contexts = encode_texts(clip, [*dict.fromkeys(texts), EMPTY])
+    _fit_lora(model, module, cuts, contexts, how)
+    return patch_motion_lora(module, read_motion_lora(read_weights(how.path), how.path.name), 1.0)
+
+
+def encode_pictures(model: ModelPatcher, vae: Any, film: Clip) -> Tensor:
+    """Every picture as the model's network sees it. Shapes: -> (frames, c, h/8, w/8), float32 on the CPU."""
+    parts = []
+    for chunk in film.chunks():
+        for pictures in chunk.split(ENCODED_AT_ONCE):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            parts.append(model.model.process_latent_in(vae.encode(pictures[..., :3])).float().cpu())
+    with torch.inference_mode(False):
+        return torch.cat([part.clone() for part in parts])
+
+
+def encode_texts(clip: Any, texts: list[str]) -> dict[str, list]:
+    """CONDITIONING of every text, each encoded once."""
+    return {text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts}
+
+
+def _fit_lora(model: ModelPatcher, module: MotionModule, clips: Clips, contexts: dict, how: LoraTraining) -> None:
+    patcher, network = module.patcher, module.patcher.model
+    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
+    trained = sum(network.get_submodule(n).in_features + network.get_submodule(n).out_features for n in names)
+    item = working_type(model.model).itemsize
+    images = how.recipe.batch * clips.frames
+    layers = layers_of(model.model.diffusion_model, module.spec, clips.latents[0].shape[-2:], clips.frames)
+    needed = run_bytes(trained * how.rank, layers, images, item, how.recompute)
+    log.info("Training %s: %.1f million numbers in %d layers, about %.2f GB of memory besides the models",
+             how.path.name, trained * how.rank / 1e6, len(names), needed / 1e9)  # fmt: skip
+    comfy.model_management.load_models_gpu([model, patcher], memory_required=needed, force_full_load=True)
+    model.pre_run()
+    try:
+        with training():
+            conditions = Conditions(model, contexts, clips)
+            with frozen(model.model, network):
+                changes = LowRankSet(network, names, how.rank, how.recipe.seed)
+                recipe = _signed(how, clips, model.model, network)
+                if _is_finished(how, recipe):
+                    return
+                with changes.on(network, how.alpha / how.rank), video_unet(model, module, clips, how) as options:
+                    loss_of = noise_loss(model.model, clips, conditions, options, recipe)
+                    _fit(changes, loss_of, recipe, how, _loss_scale(model.model))
+    finally:
+        model.cleanup()
+
+
+def _fit(changes: LowRankSet, loss_of: Callable, recipe: Recipe, how: LoraTraining, scale: float) -> None:
+    """The run itself; writes the file at its end, and on Cancel says where the state is."""
+    losses: list[float] = []
+    progress = TrainingProgress(how.path.name, recipe.steps, losses)
+    stop = comfy.model_management.processing_interrupted
+
+    def write(weights: dict[str, Tensor]) -> None:
+        pairs = {}
+        for layer, down, up in changes.pairs(weights):
+            key = published_key(layer)
+            pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up * (how.alpha / how.rank)
+        try:
+            save_weights(how.path, pairs, asdict(recipe), torch.float32)
+        except OSError as error:
+            raise TrainingError(f"{how.path} could not be written ({error}). Make room on that disk and run again: "
+                                "training is finished, and only the file is missing.") from error  # fmt: skip
+
+    try:
+        fit(dict(changes.named_parameters()), loss_of, recipe, how.state, progress, stop,
+            save_every=how.save_every, losses=losses, loss_scale=scale, finish=write)  # fmt: skip
+    except (Stopped, comfy.model_management.InterruptProcessingException):  # the host's layers answer Cancel as well
+        log.info("Training stopped after step %d; run the workflow again to go on. Its state: %s",
+                 len(losses), how.state)  # fmt: skip
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise
+
+
+@contextmanager
+def video_unet(model: ModelPatcher, module: MotionModule, clips: Clips, how: LoraTraining) -> Iterator[dict]:
+    """While the context lasts the UNet makes video, backward passes included. Yields the options of its calls."""
+    unet, motion = model.model.diffusion_model, Motion(module, MotionSettings())
+    positions = torch.arange(clips.frames, dtype=torch.float32, device=model.load_device)
+    call = MotionCall(clips.frames, positions, attention=over_frames, affine=host_affine)
+    own = model.model_options["transformer_options"]
+    options = {"optimized_attention_override": attention, **own, CALLS: {0: call}, "cond_or_uncond": [0],
+               "wrappers": model.wrappers, "callbacks": model.callbacks}  # fmt: skip
+    heavy = [*heavy_layers(unet), *module.patcher.model.transformers().values()] if how.recompute else []
+    slots, norms = list(motion.slots(unet, call)), list(joint_norms(unet, motion.joint))
+    with recomputed(heavy), inflated(unet, slots, norms, clips.frames):
+        yield options
+
+
+class Conditions:
+    """What the network is told besides the noisy clip: the captions, in the form the model wants them."""
+
+    def __init__(self, model: ModelPatcher, contexts: dict[str, list], clips: Clips) -> None:
+        device = model.load_device
+        noise = torch.zeros_like(clips.latents[0][: clips.frames]).to(device)
+        self.frames, self.device = clips.frames, device
+        self.of = {}
+        for text, conditioning in contexts.items():
+            entries = comfy.sampler_helpers.convert_cond(conditioning)
+            told = comfy.samplers.encode_model_conds(model.model.extra_conds, entries, noise, device, "positive")
+            self.of[text] = told[0]["model_conds"]
+
+    def __call__(self, captions: list[str]) -> dict[str, Any]:
+        """Shapes: every tensor (captions * frames, ...)."""
+        every = [{name: told.process_cond(batch_size=self.frames, device=self.device, area=None)
+                  for name, told in self.of[text].items()} for text in captions]  # fmt: skip
+        first, *rest = every
+        joined = {name: told.concat([other[name] for other in rest]) for name, told in first.items()}
+        return {name: _ordinary(value, self.device) for name, value in joined.items()}
+
+
+def _ordinary(value: Any, device: torch.device) -> Any:
+    """Tensors made in inference mode may not be kept for a backward pass; copies made outside of it may."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.clone() if value.is_inference() else value).to(device)
+
+
+def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, recipe: Recipe) -> Callable:
+    """Mean squared error of the noise: a clip has one noise level, its frames have noise each.
+
+    Source: AnimateDiff's training, reference section 6; the levels of a batch are spread evenly over the schedule.
+    """
+    sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
+
+    def loss_of(number: int, generator: torch.Generator) -> Tensor:
+        latents, captions = clips.draw(recipe.batch, generator)
+        levels = stratified(recipe.batch, len(sampling.sigmas), generator)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        sigma = sampling.sigmas.cpu()[levels].repeat_interleave(clips.frames).to(device)
+        spread, latents = sigma.view(-1, 1, 1, 1), latents.to(device)
+        noisy = sampling.noise_scaling(spread, noise, latents)
+        told = conditions(captions)
+        clean = base.apply_model(noisy, sigma, **told, transformer_options={**options, "sigmas": sigma[:1]})
+        return ((clean - latents) / spread).square().mean()
+
+    return loss_of
+
+
+def working_type(base: Any) -> torch.dtype:
+    """The type the network computes in."""
+    return getattr(base, "manual_cast_dtype", None) or base.get_dtype()
+
+
+def _loss_scale(base: Any) -> float:
+    return LOSS_SCALE if working_type(base) == torch.float16 else 1.0
+
+
+def _signed(how: LoraTraining, clips: Clips, *networks: nn.Module) -> Recipe:
+    """The recipe with everything else the result depends on."""
+    settings = {"rank": how.rank, "alpha": how.alpha, "clips": clips.digest(),
+                "models": [fingerprint(network) for network in networks]}  # fmt: skip
+    return Recipe(**{**asdict(how.recipe), "about": json.dumps(settings, sort_keys=True)})
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A short text that differs between networks: of their tensors' names and first numbers."""
+    digest = hashlib.sha256()
+    for name, tensor in network.named_parameters():
+        digest.update(name.encode())
+        digest.update(tensor.flatten()[:8].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_finished(how: LoraTraining, recipe: Recipe) -> bool:
+    """Whether the file is there already. Raises TrainingError where something else would be overwritten."""
+    if not how.go_on:
+        how.state.unlink(missing_ok=True)
+        return False
+    if how.path.is_file():
+        if read_recipe(how.path) == asdict(recipe):
+            log.info("%s was trained with these settings already", how.path.name)
+            return True
+        raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
+                            "file_name, or set existing to 'start over' to replace it.")  # fmt: skip
+    if how.state.is_file():
+        began = torch.load(how.state, map_location="cpu", weights_only=True)["recipe"]
+        now = asdict(recipe)
+        other = sorted(name for name in now if began.get(name, now[name]) != now[name])
+        if other:
+            said = ", ".join("clips, models, rank or alpha" if name == "about" else f"{name} {began[name]}"
+                             f" (now {now[name]})" for name in other)  # fmt: skip
+            raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: {said}. "
+                                "Set them back to go on with it, choose another file_name, or set existing to "
+                                "'start over'.")  # fmt: skip
+    return False

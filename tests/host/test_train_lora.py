@@ -1,0 +1,221 @@
+"""Training inside a node: what is learned is in the file, and the host's models are what they were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import pytest
+import tiny_host
+import torch
+from comfy.model_patcher import ModelPatcher
+from helpers_motion import SMALL, SMALL_WIDTHS, inflate, motion_module
+from latentmotion.host import options, paths, train
+from latentmotion.host.motion import MotionModule, add_motion_lora
+from latentmotion.motion_modules.animatediff.spec import V1, V2
+from latentmotion.motion_modules.errors import LatentMotionError
+from torch import Tensor, nn
+
+FRAMES, SIZE = 4, 32
+WIDGETS = {
+    "file_name": "learned", "rank": 4, "alpha": 8.0, "steps": 6, "learning_rate": 0.02, "frames": FRAMES, "stride": 1,
+    "clip_length": 0, "batch_size": 2, "accumulate": 1, "seed": 3, "gradient_checkpointing": True, "save_every": 100,
+    "existing": "go on",
+}  # fmt: skip
+KEY = re.compile(
+    r"(down_blocks\.\d|up_blocks\.\d|mid_block)\.motion_modules\.\d\.temporal_transformer\.transformer_blocks\.0\."
+    r"attention_blocks\.[01]\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight"
+)
+
+
+class Text:
+    """Stands for a CLIP: a caption is a row of numbers made from its letters, and asked for once."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def tokenize(self, text: str) -> str:
+        return text
+
+    def encode_from_tokens_scheduled(self, text: str) -> list:
+        self.asked.append(text)
+        generator = torch.Generator().manual_seed(sum(map(ord, text)))
+        return [[torch.randn(1, 7, 32, generator=generator), {"pooled_output": None}]]
+
+
+class Pictures:
+    """Stands for a VAE: latents are the pictures' coarse colours and their brightness."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        coarse = nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 8 - 4, 8)
+        return torch.cat((coarse, coarse.mean(1, keepdim=True)), dim=1)
+
+
+class Recorder:
+    """Stands for the progress of a run; `at(step)` may do what a test wants to happen then."""
+
+    def __init__(self, at: Callable[[int], None] | None = None) -> None:
+        self.losses: list[float] = []
+        self.at = at
+
+    def __call__(self, name: str, total: int, losses: list[float]) -> Callable:
+        self.losses = losses
+        return lambda step, total, loss: self.at and self.at(step)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(paths.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
+    monkeypatch.setattr(paths.folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.fixture
+def model() -> ModelPatcher:
+    return tiny_host.sd15(**SMALL)
+
+
+def small_module(**layout: Any) -> MotionModule:
+    return motion_module(widths=SMALL_WIDTHS, layers=1, **layout)
+
+
+def clip_of_a_moving_edge() -> Tensor:
+    columns = torch.arange(SIZE).view(1, 1, SIZE, 1)
+    edge = torch.arange(FRAMES).view(FRAMES, 1, 1, 1) * 8
+    return (columns < edge).float().expand(FRAMES, SIZE, SIZE, 3)
+
+
+def learn(model: ModelPatcher, module: MotionModule, monkeypatch: Any, at: Any = None, **widgets: Any) -> tuple:
+    """(motion module with the new LoRA, losses), as the node does it."""
+    recorder, how = Recorder(at), options.lora_training(**WIDGETS | widgets)
+    monkeypatch.setattr(train, "TrainingProgress", recorder)
+    try:
+        made = train.train_motion_lora(model, module, Text(), Pictures(), clip_of_a_moving_edge(), "an edge", how)
+    except BaseException as error:
+        error.losses = recorder.losses
+        raise
+    return made, recorder.losses
+
+
+def traces(*networks: nn.Module) -> list[tuple]:
+    """What must be as it was: which objects the weights are, what they ask for, what hangs on the layers."""
+    tensors = [(id(p), p.requires_grad, p.is_inference()) for n in networks for p in n.parameters()]
+    layers = [(id(m), tuple(vars(m).get("_forward_hooks", ())), "forward" in vars(m)) for n in networks
+              for m in n.modules()]  # fmt: skip
+    return [*tensors, *layers]
+
+
+def test_what_is_learned_is_in_the_file_and_nothing_else_changed(model, folder, monkeypatch):
+    module = small_module()
+    networks = (model.model.diffusion_model, module.patcher.model)
+    before, weights, moving = traces(*networks), tiny_host.weights(model), tiny_host.weights(module.patcher)
+    drawn = tiny_host.sample(inflate(model, module), FRAMES, steps=1, size=4)
+    made, losses = learn(model, module, monkeypatch, steps=30, batch_size=4)
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
+    assert [file.name for file in folder.iterdir()] == ["learned.safetensors"]
+    tensors = tensors_of(folder / "learned.safetensors")
+    assert all(KEY.fullmatch(key) for key in tensors) and len(tensors) == 16 * len(module.spec.slots)
+    half, whole = (
+        tiny_host.sample(inflate(model, add_motion_lora(module, "learned.safetensors", s)), FRAMES, steps=1, size=4)
+        for s in (0.5, 1.0)
+    )
+    assert torch.equal(whole, tiny_host.sample(inflate(model, made), FRAMES, steps=1, size=4))
+    assert 0 < (half - drawn).norm() < (whole - drawn).norm()
+    assert torch.equal(tiny_host.sample(inflate(model, module), FRAMES, steps=1, size=4), drawn)
+    comfy.model_management.unload_all_models()
+    tiny_host.assert_same_weights(model, weights)
+    tiny_host.assert_same_weights(module.patcher, moving)
+    assert [entry[1:] for entry in traces(*networks)] == [entry[1:] for entry in before]
+
+
+def tensors_of(path: Path) -> dict[str, Tensor]:
+    return train.read_weights(path)
+
+
+def test_cancel_keeps_the_state_and_the_next_run_goes_on(model, folder, monkeypatch):
+    module = small_module()
+    _, whole = learn(model, module, monkeypatch, file_name="whole")
+    networks = (model.model.diffusion_model, module.patcher.model)
+    before = traces(*networks)
+
+    def cancel(step: int) -> None:
+        if step == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException) as stopped:
+        learn(model, module, monkeypatch, cancel)
+    assert len(stopped.value.losses) in (2, 3)  # within the step after the click
+    assert (folder / "learned.safetensors.training").is_file() and not (folder / "learned.safetensors").exists()
+    assert traces(*networks) == before
+    with pytest.raises(LatentMotionError, match=r"begun with other settings: .*steps 6 \(now 7\)"):
+        learn(model, module, monkeypatch, steps=7)
+    _, resumed = learn(model, module, monkeypatch)
+    assert resumed == whole
+    left, right = (tensors_of(folder / f"{name}.safetensors") for name in ("whole", "learned"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_an_error_leaves_the_models_as_they_were(model, folder, monkeypatch):
+    module = small_module()
+    learn(model, module, monkeypatch, steps=1, file_name="warm")
+    networks = (model.model.diffusion_model, module.patcher.model)
+    before = traces(*networks)
+
+    def fail(step: int) -> None:
+        raise RuntimeError("the card fell out")
+
+    with pytest.raises(RuntimeError, match="fell out"):
+        learn(model, module, monkeypatch, fail)
+    assert traces(*networks) == before
+    assert torch.is_inference_mode_enabled() and not torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("variant", [V1, V2], ids=lambda variant: variant.name)
+def test_recomputing_layers_changes_no_loss(model, folder, monkeypatch, variant):
+    module = small_module(variant=variant)
+    runs = [
+        learn(model, module, monkeypatch, gradient_checkpointing=twice, file_name=f"r{twice}", steps=3)[1]
+        for twice in (False, True)
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+
+
+def test_a_finished_file_is_kept_and_not_trained_again(model, folder, monkeypatch):
+    module = small_module()
+    learn(model, module, monkeypatch, steps=2)
+    _, again = learn(model, module, monkeypatch, steps=2)
+    assert again == []
+    with pytest.raises(LatentMotionError, match="is there already"):
+        learn(model, module, monkeypatch, steps=3)
+    _, anew = learn(model, module, monkeypatch, steps=3, existing="start over")
+    assert len(anew) == 3
+
+
+@pytest.mark.parametrize(("widgets", "sentence"), [
+    ({"frames": 33}, "knows 32 frame positions"),
+    ({"frames": 3, "stride": 2}, "need 5"),
+    ({"clip_length": 3}, "no whole number of clips"),
+    ({"file_name": "../outside"}, "is no name for a file"),
+    ({"existing": "maybe"}, "none of its choices"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_said(model, folder, monkeypatch, widgets, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        learn(model, small_module(), monkeypatch, **widgets)
+
+
+def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch):
+    module = small_module()
+    with pytest.raises(LatentMotionError, match="from before Apply Motion Module"):
+        learn(inflate(model, module), module, monkeypatch)
+
+
+def test_captions_are_read_once_and_belong_to_their_clips():
+    latents = torch.zeros(6, 4, 2, 2)
+    clips, texts = train.cut(latents, 3, "first\nsecond")
+    assert [len(clip) for clip in clips] == [3, 3] and texts == ("first", "second")
+    text = Text()
+    train.encode_texts(text, [*dict.fromkeys(("a", "a", "b")), ""])
+    assert text.asked == ["a", "b", ""]

@@ -1,0 +1,95 @@
+"""What a run learns from, what it says of its memory beforehand, and what it draws of its losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from latentmotion.motion_modules.animatediff.lora import published_key, read_motion_lora
+from latentmotion.motion_modules.errors import TrainingError
+from latentmotion.training.attention import over_frames
+from latentmotion.training.clips import EMPTY, Clips, cut, stratified
+from latentmotion.training.estimate import Layer, run_bytes
+from latentmotion.training.plot import MEAN, means, plot
+from PIL import ImageColor
+from torch import nn
+
+
+def numbered(*lengths: int, **settings: object) -> Clips:
+    """Clips whose frames hold 100 * clip + frame."""
+    latents = tuple(torch.arange(n).view(n, 1, 1, 1).expand(n, 4, 2, 2) + 100.0 * i for i, n in enumerate(lengths))
+    return Clips(latents, tuple(f"clip {i}" for i in range(len(lengths))), **settings)
+
+
+def test_cuts_are_neighbours_of_one_clip_with_its_caption():
+    clips = numbered(9, 5, frames=3, stride=2, drop=0.0)
+    generator, starts = torch.Generator().manual_seed(0), set()
+    for _ in range(60):
+        latents, captions = clips.draw(2, generator)
+        assert latents.shape == (6, 4, 2, 2)
+        for rows, caption in zip(latents[:, 0, 0, 0].view(2, 3).tolist(), captions, strict=True):
+            assert rows == [rows[0], rows[0] + 2, rows[0] + 4]
+            assert caption == f"clip {int(rows[0] // 100)}"
+            starts.add(rows[0])
+    assert starts == {0.0, 1.0, 2.0, 3.0, 4.0, 100.0}
+
+
+def test_captions_are_dropped_as_often_as_asked():
+    clips, generator = numbered(3, frames=3, drop=0.25), torch.Generator().manual_seed(0)
+    dropped = [caption == EMPTY for _ in range(20) for caption in clips.draw(40, generator)[1]]
+    assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_digest_tells_clips_apart():
+    plain = numbered(4, frames=3)
+    assert plain.digest() == numbered(4, frames=3).digest()
+    others = [numbered(4, frames=2), numbered(5, frames=3), numbered(4, frames=3, drop=0.2)]
+    changed = Clips((plain.latents[0] + 1e-3,), plain.captions, frames=3)
+    assert len({clips.digest() for clips in (plain, changed, *others)}) == 5
+
+
+@pytest.mark.parametrize(("length", "text", "sentence"), [
+    (4, "one", "no whole number of clips"),
+    (3, "  \n ", "no caption"),
+    (2, "one\ntwo", "3 clips and 2 captions"),
+])  # fmt: skip
+def test_what_cannot_be_cut_is_said(length: int, text: str, sentence: str):
+    with pytest.raises(TrainingError, match=sentence):
+        cut(torch.zeros(6, 4, 1, 1), length, text)
+
+
+def test_levels_cover_the_schedule_evenly():
+    levels = stratified(8, 1000, torch.Generator().manual_seed(0))
+    assert (levels // 125).tolist() == list(range(8))
+    assert stratified(1, 10, torch.Generator()).shape == (1,)
+
+
+def test_computing_twice_is_estimated_to_need_a_fraction():
+    layers = [Layer("residual", 320, 4096), Layer("transformer", 320, 4096), Layer("motion", 320, 4096)] * 4
+    once, twice = (run_bytes(0, layers, images=16, item=2, recompute=again) for again in (False, True))
+    assert twice < once / 4
+    assert run_bytes(1000, [], images=1, item=4, recompute=True) == 20000
+
+
+def test_attention_over_frames_is_attention():
+    q, k, v = torch.randn(3, 5, 2, 4, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(over_frames(q, k, v), nn.functional.scaled_dot_product_attention(q, k, v), atol=1e-6)
+
+
+def test_published_keys_are_read_back():
+    layer = "mid_block.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.1."
+    for name, written in (("to_q", "processor.to_q_lora"), ("to_out.0", "processor.to_out_lora")):
+        key = published_key(layer + name)
+        assert key == layer + written
+        pair = {f"{key}.down.weight": torch.ones(2, 3), f"{key}.up.weight": torch.ones(3, 2)}
+        assert list(read_motion_lora(pair, "x").parts) == [f"{layer}{name}.weight"]
+
+
+def test_the_plot_falls_where_the_losses_fall():
+    assert means([4.0, 2.0, 1.0, 1.0], 2) == [3.0, 1.0] and means([], 5) == []
+    picture = plot([1.0 - i / 100 for i in range(100)], 200, "step 100 of 200")
+    curve = [(x, y) for x in range(picture.width) for y in range(picture.height)
+             if picture.getpixel((x, y)) == ImageColor.getrgb(MEAN)]  # fmt: skip
+    left, right = min(curve), max(curve)
+    assert left[1] < right[1]  # downwards
+    assert right[0] < 0.6 * picture.width  # half of the steps are done
+    assert plot([], 10, "").size == picture.size and plot([float("nan")] * 3, 10, "").size == picture.size

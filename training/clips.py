@@ -1,0 +1,89 @@
+"""Clips to learn from, as latents that are made once, and which part of which clip a batch takes."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..motion_modules.errors import TrainingError
+
+EMPTY = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Clips:
+    """Latents with their captions, and how batches are cut from them.
+
+    latents: per clip (n, c, h, w), float32. captions: one per clip.
+    frames, stride: pictures of a training clip, and the distance between two of them in the clip it is cut from.
+    drop: share of the captions that are left out, so that the empty caption keeps its meaning.
+    """
+
+    latents: tuple[Tensor, ...]
+    captions: tuple[str, ...]
+    frames: int
+    stride: int = 1
+    drop: float = 0.1
+
+    def __post_init__(self) -> None:
+        needed = (self.frames - 1) * self.stride + 1
+        for number, clip in enumerate(self.latents, 1):
+            if len(clip) < needed:
+                every = f" with a stride of {self.stride}" if self.stride > 1 else ""
+                raise TrainingError(
+                    f"Clip {number} has {len(clip)} frames, and {self.frames} frames{every} need {needed}. Choose "
+                    "fewer frames or a smaller stride, or give longer clips."
+                )
+
+    def digest(self) -> str:
+        """A short text that differs where latents, captions or cuts do."""
+        digest = hashlib.sha256(repr((self.captions, self.frames, self.stride, self.drop)).encode())
+        for clip in self.latents:
+            digest.update(repr(tuple(clip.shape)).encode())
+            digest.update(clip.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
+        """Cut a batch from clips and starts chosen at random.
+
+        Shapes: -> latents (batch * frames, c, h, w), clip after clip, and their captions.
+        """
+        latents, captions = [], []
+        for _ in range(batch):
+            number = int(torch.randint(len(self.latents), (), generator=generator))
+            clip, span = self.latents[number], (self.frames - 1) * self.stride + 1
+            first = int(torch.randint(len(clip) - span + 1, (), generator=generator))
+            latents.append(clip[first : first + span : self.stride])
+            dropped = float(torch.rand((), generator=generator)) < self.drop
+            captions.append(EMPTY if dropped else self.captions[number])
+        return torch.cat(latents), captions
+
+
+def cut(latents: Tensor, length: int, text: str) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
+    """Split a batch into clips, and a text into their captions: one line for each, or one for all.
+
+    Shapes: latents (n length, c, h, w) -> n times (length, c, h, w); a length of 0 is all of them.
+    """
+    length = length or len(latents)
+    if not len(latents) or len(latents) % length:
+        raise TrainingError(
+            f"{len(latents)} frames are no whole number of clips of {length}. Set clip_length to 0 if they are one "
+            "clip."
+        )
+    clips = latents.split(length)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise TrainingError("The clips have no caption. Write what they show, leaving out the motion to be learned.")
+    if len(lines) not in (1, len(clips)):
+        raise TrainingError(
+            f"There are {len(clips)} clips and {len(lines)} captions. Write one line for each clip, or one for all."
+        )
+    return clips, tuple(lines * len(clips) if len(lines) == 1 else lines)
+
+
+def stratified(batch: int, count: int, generator: torch.Generator) -> Tensor:
+    """Positions in a table of `count` entries, one in each of `batch` equal parts of it. Shapes: -> (batch,), int64."""
+    return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * count).long().clamp(max=count - 1)
