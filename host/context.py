@@ -18,6 +18,7 @@ from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
 from ..sampling.windows import WindowPlan
 from .conditioning import ControlSlices, cut_conds
+from .preview import Page, show_previews, watching_page
 
 KEY = "latentmotion_context"
 RUN = "latentmotion_context_run"
@@ -61,14 +62,18 @@ class ContextRun:
     """What lasts for one sampling run: ControlNets cut to windows, and the progress told so far."""
 
     bar: Any = None
+    page: Page | None = None
+    steps: int = 1
     told: int = 0
     controls: ControlSlices = field(default_factory=ControlSlices)
 
     def tell(self, step: int, done: int, windows: int) -> None:
-        """Move the node's progress bar to a window of a step; samplers that go back never move it back."""
+        """Show a window of a step as progress, in numbers too; samplers that go back never move the bar back."""
         self.told = max(self.told, step * TICKS + done * TICKS // windows)
         if self.bar is not None:
             self.bar.update_absolute(self.told)
+        if self.page is not None:
+            self.page.say(f"window {done + 1}/{windows}, step {step + 1}/{self.steps}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +134,7 @@ def apply_context(model: ModelPatcher, context: SlidingContext) -> ModelPatcher:
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, start_run), (WrappersMP.PREPARE_SAMPLING, plan_memory)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
+    show_previews(model)
     return model
 
 
@@ -152,7 +158,8 @@ def start_run(
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
     noise = arrange_noise(noise, context.noise, context.plan.length, context.plan.overlap, axis, seed or 0)
     before = guider.model_options
-    run = ContextRun(comfy.utils.ProgressBar(max(1, len(sigmas) - 1) * TICKS))
+    steps = max(1, len(sigmas) - 1)
+    run = ContextRun(comfy.utils.ProgressBar(steps * TICKS), watching_page(), steps)
     guider.model_options = {**before, "transformer_options": {**before.get("transformer_options", {}), RUN: run}}
     try:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)

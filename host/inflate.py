@@ -17,6 +17,7 @@ from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..sampling.frame_values import FrameValues
 from .memory import slab_bytes
 from .motion import MotionModule
+from .preview import show_previews
 from .schedule import set_schedule
 from .unet import CALLS, MotionSlot, block_of, check_fit, host_affine, inflated, joint_norms
 
@@ -90,6 +91,7 @@ def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
         model.add_wrapper_with_key(kind, KEY, wrapper)
     model.set_additional_models(KEY, [motion.module.patcher for motion in motions])
     model.set_attachments(KEY, {"frames": frames})
+    show_previews(model)
 
 
 def publish_clip(executor: Callable, x: Tensor, timestep: Tensor, model_options: dict, *args: Any, **kw: Any) -> Tensor:

@@ -27,6 +27,7 @@ from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..sampling.reuse import Reuse, States, sample_clip
 from .conditioning import ControlSlices, cut_conds
 from .context import ContextWindow
+from .preview import Page, watching_page
 
 KEY = "latentmotion_reuse"
 ONE_STEP_SAMPLERS = (
@@ -176,7 +177,7 @@ class ClipByClip(comfy.samplers.Sampler):
         if self.former is not None:
             self._continue(states, model_wrap.inner_model, sigmas, own)
         with tqdm(total=noise.shape[0] // n * steps, disable=disable_pbar) as bar:
-            report = Report(callback, noise.shape[0] // n, steps)
+            report = Report(callback, noise.shape[0] // n, steps, watching_page())
             for number, start in enumerate(range(0, noise.shape[0], n)):
                 frames = slice(start, start + n)
                 own = reuse.next_noise(own, noise[frames]) if number else own
@@ -259,10 +260,13 @@ class Report:
     callback: Callable | None
     clips: int
     steps: int
+    page: Page | None = None
     number: int = 0
     last: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tell(self, step: int, denoised: Tensor, x: Tensor, total: int) -> None:
+        if self.page is not None:
+            self.page.say(f"clip {self.number + 1}/{self.clips}, step {step + 1}/{self.steps}")
         if step == self.steps - 1:
             self.last.append((denoised, x))
             if self.number == self.clips - 1:  # nodes with an output for it keep what they heard last
