@@ -53,8 +53,8 @@ def fill(module: nn.Module, seed: int) -> None:
         parameter.copy_(values)
 
 
-def image_model(dtype: torch.dtype) -> comfy.model_patcher.ModelPatcher:
-    config = comfy.supported_models.SD15(SD15)
+def image_model(dtype: torch.dtype, layout: dict[str, Any] | None = None) -> comfy.model_patcher.ModelPatcher:
+    config = comfy.supported_models.SD15(layout or SD15)
     config.set_inference_dtype(dtype, None)
     device = comfy.model_management.get_torch_device()
     base = comfy.model_base.BaseModel(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from ..motion_modules.animatediff.spec import JointNorms, Schedule
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..sampling.frame_values import FrameValues
-from .memory import slab_bytes
+from . import memory
+from .bounds import Bounds
 from .motion import MotionModule
 from .preview import show_previews
 from .schedule import set_schedule
@@ -85,10 +86,13 @@ def _motions_of(model: ModelPatcher) -> tuple[Motion, ...]:
 
 def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
     frames = motions[0].settings.frames
-    for kind, wrapper in ((WrappersMP.APPLY_MODEL, Inflation(motions)), (WrappersMP.PREDICT_NOISE, publish_clip),
-                          (WrappersMP.CALC_COND_BATCH, publish_window)):
+    bounds = Bounds(motions)
+    for kind, *wrappers in ((WrappersMP.APPLY_MODEL, Inflation(motions)), (WrappersMP.PREDICT_NOISE, publish_clip),
+                            (WrappersMP.CALC_COND_BATCH, publish_window, bounds.predict),
+                            (WrappersMP.OUTER_SAMPLE, bounds.sample), (WrappersMP.PREPARE_SAMPLING, bounds.prepare)):
         model.remove_wrappers_with_key(kind, KEY)
-        model.add_wrapper_with_key(kind, KEY, wrapper)
+        for wrapper in wrappers:
+            model.add_wrapper_with_key(kind, KEY, wrapper)
     model.set_additional_models(KEY, [motion.module.patcher for motion in motions])
     model.set_attachments(KEY, {"frames": frames})
     show_previews(model)
@@ -147,17 +151,26 @@ class Inflation:
                  control: Any = None, transformer_options: dict | None = None, **kwargs: Any) -> Tensor:
         options = transformer_options or {}
         base = executor.class_obj
-        calls = {}
-        for number, motion in enumerate(self.motions):
-            if self._active(motion, base, t):
-                calls[number] = _call_of(motion, x, options)
+        calls = {number: _call_of(motion, x, options) for number, motion in enumerate(self.motions)
+                 if self._active(motion, base, t)}
         if not calls:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        unet = base.diffusion_model
-        slots = [pair for number, call in calls.items() for pair in self.motions[number].slots(unet, call)]
-        norms = [norm for number in calls for norm in joint_norms(unet, self.motions[number].joint)]
-        with inflated(unet, slots, norms, _frames_of(list(calls.values()))):
-            return executor(x, t, c_concat, c_crossattn, control, {**options, CALLS: calls}, **kwargs)
+        unet, run = base.diffusion_model, memory.run_of(options)
+
+        def denoise() -> Tensor:
+            fitting = {number: replace(call, slab_bytes=run.slab_on(x.device)) for number, call in calls.items()}
+            slots = [pair for number, call in fitting.items() for pair in self.motions[number].slots(unet, call)]
+            norms = [norm for number in calls for norm in joint_norms(unet, self.motions[number].joint)]
+            # The UNet takes a ControlNet's outputs off their lists one by one: each try gets lists of its own.
+            hints = control and {key: list(value) for key, value in control.items()}
+            with inflated(unet, slots, norms, _frames_of(list(calls.values()))):
+                return executor(x, t, c_concat, c_crossattn, hints, {**options, CALLS: fitting}, **kwargs)
+
+        def lessen() -> str | None:
+            together = not run.apart and len(options.get("cond_or_uncond", ())) > 1
+            return None if together else run.halve_slab(x.device)  # a wrapper further out takes them apart
+
+        return memory.with_less(denoise, lessen, run, x.device)
 
     @staticmethod
     def _active(motion: Motion, base: Any, t: Tensor) -> bool:
@@ -195,7 +208,6 @@ def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
         positions=_positions(frames, spec.positions, extra).to(x.device),
         strength=settings.strength.at(indices, clips),
         scale=settings.scale.at(indices, clips),
-        slab_bytes=slab_bytes(x.device),
         affine=host_affine,
     )
 

@@ -1,18 +1,30 @@
-"""The one place that decides how large a piece of work may be."""
+"""The one place that decides how large a piece of work may be, and what happens when memory runs out."""
 
 from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import comfy.model_management
 import torch
 
 from ..motion_modules.call import SLAB_BYTES_CPU, SLAB_BYTES_GPU
 
+RUN = "latentmotion_memory"  # in transformer_options: the MemoryRun of this sampling run
+LEAST_SLAB = 2**20
+RESERVE = 128 * 2**20  # kept free beside what the host reserves by itself
+OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory")  # RuntimeErrors of torch that say so
+MIB = 2**20
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 
 def slab_bytes(device: torch.device) -> int:
-    """Ceiling on one temporary of a motion module: what stays in a CPU's cache, or keeps a GPU busy.
-
-    It depends on the kind of device only, never on free memory, so that a seed gives the same clip every time.
-    """
+    """Ceiling on one temporary of a motion module: what stays in a CPU's cache, or keeps a GPU busy."""
     return SLAB_BYTES_CPU if device.type == "cpu" else SLAB_BYTES_GPU
 
 
@@ -24,3 +36,122 @@ def park(frames: torch.Tensor, reserve: int) -> torch.Tensor:
     if frames.device.type == "cpu" or comfy.model_management.get_free_memory(frames.device) > reserve + frames.nbytes:
         return frames
     return frames.to("cpu")
+
+
+@dataclass
+class MemoryRun:
+    """What a sampling run has learnt about memory; it lasts as long as the run.
+
+    slab: ceiling on one temporary in bytes, 0 for the device's own. apart: one conditioning per call of the UNet.
+    shape: of one conditioning's share of a call, as the host asked for its memory. told: the user knows.
+    """
+
+    slab: int = 0
+    apart: bool = False
+    told: bool = False
+    shape: list[int] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict) -> MemoryRun:
+        """Copies of a run's options share it."""
+        return self
+
+    def slab_on(self, device: torch.device) -> int:
+        return self.slab or slab_bytes(device)
+
+    def split_conditionings(self) -> str | None:
+        """Take conditionings one by one from now on; None where they are taken so already."""
+        if self.apart:
+            return None
+        self.apart = True
+        return "the positive and the negative prompt one after the other"
+
+    def halve_slab(self, device: torch.device) -> str | None:
+        """Halve the pieces that motion modules work in; None where they are as small as they get."""
+        half = self.slab_on(device) // 2
+        if half < LEAST_SLAB:
+            self.apart = True  # the call was for one conditioning, and there is nothing left to split
+            return None
+        self.slab = half
+        return f"motion modules in pieces of {half // MIB} MiB"
+
+    def tell(self, how: str) -> None:
+        if not self.told:
+            log.warning("Out of memory while sampling. The call is repeated with %s, and again with less where that "
+                        "is not enough; the clip stays the same, it takes a little longer.", how)  # fmt: skip
+        self.told = True
+
+
+def run_of(transformer_options: dict) -> MemoryRun:
+    """This run's state; outside a run one that knows of no batches of conditionings to split."""
+    return transformer_options.get(RUN) or MemoryRun(apart=True)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    hosts_own = getattr(comfy.model_management, "is_oom", None)
+    known = hosts_own(error) if hosts_own else isinstance(error, comfy.model_management.OOM_EXCEPTION)
+    return known or isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def with_less(call: Callable[[], T], lessen: Callable[[], str | None], run: MemoryRun, device: torch.device) -> T:
+    """The result of `call`; where memory runs out, free what can be, ask for less and call again.
+
+    lessen: makes the next call need less and says how, or None when it cannot, and then the host's error goes on.
+    Random numbers drawn by the call that failed are drawn again. `call` must not change its inputs.
+    """
+    random = _random_state(device)
+    while True:
+        try:
+            return call()
+        except Exception as error:
+            how = lessen() if is_out_of_memory(error) else None
+            if how is None:
+                raise
+        run.tell(how)  # outside the handler: the error held the failed call's tensors
+        comfy.model_management.soft_empty_cache()
+        for restore, state in random:
+            restore(state)
+
+
+def _random_state(device: torch.device) -> list[tuple[Callable[[torch.Tensor], None], torch.Tensor]]:
+    room = getattr(torch, device.type, None)
+    places = [torch, room] if hasattr(room, "get_rng_state") else [torch]
+    return [(place.set_rng_state, place.get_rng_state()) for place in places]
+
+
+@contextmanager
+def counted(model: Any, need: Callable[[list[int], int], int], run: MemoryRun, device: torch.device) -> Iterator[None]:
+    """While the context lasts, the host's question how much memory a call of `model` needs is answered for us too.
+
+    need: bytes of a call from its input shape and slab size. The host's own answer counts where it is larger: layers
+    run one after another, so the peaks of the UNet's and of ours do not add up.
+    """
+    hosts_own, before = model.memory_required, vars(model).get("memory_required")
+
+    def memory_required(input_shape: Any, *args: Any, **kwargs: Any) -> float:
+        shape = list(input_shape)
+        if not run.shape or math.prod(shape) < math.prod(run.shape):
+            run.shape = shape
+        if run.apart:
+            return math.inf  # what never fits, the host takes one by one
+        return max(hosts_own(input_shape, *args, **kwargs), need(shape, run.slab_on(device)))
+
+    model.memory_required = memory_required
+    try:
+        yield
+    finally:
+        del model.memory_required
+        if before is not None:
+            model.memory_required = before
+
+
+def plan(run: MemoryRun, need: Callable[[list[int], int], int], device: torch.device) -> None:
+    """Choose the pieces of motion modules so that a call fits into free memory, and tell the console."""
+    free = comfy.model_management.get_free_memory(device)
+    reserve = RESERVE + comfy.model_management.extra_reserved_memory()
+    while need(run.shape, run.slab_on(device)) > free - reserve and run.slab_on(device) >= 2 * LEAST_SLAB:
+        run.slab = run.slab_on(device) // 2
+    frames, _, height, width = run.shape
+    needed = need(run.shape, run.slab_on(device))
+    log.info("Memory: one UNet call on %d frames of %dx%d latents needs about %d MiB for each prompt, with motion "
+             "modules in pieces of %d MiB; %d MiB are free, of which %d stay in reserve.", frames, height, width,
+             math.ceil(needed / MIB), run.slab_on(device) // MIB, free // MIB, reserve // MIB)  # fmt: skip

@@ -1,0 +1,99 @@
+"""What a MODEL with motion modules asks of the host's memory planning, and what its sampling runs do without memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+from torch import Tensor
+
+from ..motion_modules.animatediff.spec import JointNorms
+from . import memory
+from .footprint import Footprint, Shape, footprint
+from .unet import block_of
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Wraps a sampling run of the host. motions: modules with their settings, as Inflation has them."""
+
+    motions: Sequence[Any]
+
+    def __deepcopy__(self, memo: dict) -> Bounds:
+        """Immutable, so copies of a run's options share it."""
+        return self
+
+    def sample(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """OUTER_SAMPLE: keep what this run learns about memory while it lasts."""
+        guider = executor.class_obj
+        before = guider.model_options
+        guider.model_options = _with_run(before, memory.MemoryRun())
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            guider.model_options = before
+
+    def prepare(self, executor: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+        """PREPARE_SAMPLING: have the host reserve what the modules need, too, whatever cuts a long clip."""
+        run = memory.run_of((kwargs.get("model_options") or {}).get("transformer_options", {}))
+        if run.apart:
+            run = memory.MemoryRun()  # no run of ours: nothing is learnt
+        device = model.load_device
+
+        def need(shape: list[int], slab: int) -> int:
+            return self.footprint(model.model, shape, slab).peak
+
+        with memory.counted(model.model, need, run, device):
+            found = executor(model, *args, **kwargs)
+        if run.shape:
+            memory.plan(run, need, device)
+        return found
+
+    def predict(
+        self,
+        executor: Callable,
+        model: Any,
+        conds: Any,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """CALC_COND_BATCH: the host puts conditionings into one batch where ours fit, too; apart after running out."""
+        run = model_options.get("transformer_options", {}).get(memory.RUN) or memory.MemoryRun()
+        options = _with_run(model_options, run)
+
+        def need(shape: list[int], slab: int) -> int:
+            return self.footprint(model, shape, slab, x.shape[0]).peak
+
+        def call() -> Any:
+            with memory.counted(model, need, run, x.device):
+                return executor(model, conds, x, timestep, options, *args, **kwargs)
+
+        return memory.with_less(call, run.split_conditionings, run, x.device)
+
+    def footprint(self, base: Any, shape: Sequence[int], slab: int, frames: int = 0) -> Footprint:
+        """Estimate one UNet call. shape: (images, c, h, w). frames: of a clip, where the settings leave it open."""
+        unet, slots = base.diffusion_model, {}
+        for motion in self.motions:
+            for name, channels in motion.module.spec.slots:
+                block = block_of(unet, motion.module.spec, name)
+                slots.setdefault(block, []).append((channels, motion.joint.motion))
+        joint = JointNorms(
+            *(
+                any(getattr(motion.joint, name) for motion in self.motions)
+                for name in ("resnet", "out", "transformer", "motion")
+            )
+        )
+        dtype = getattr(base, "manual_cast_dtype", None) or base.get_dtype()
+        images, height, width = shape[0], *shape[-2:]
+        clip = self.motions[0].settings.frames or frames or images
+        size = Shape(images, height, width, comfy.model_management.dtype_size(dtype), min(clip, images), slab)
+        return footprint(unet, slots, joint, size)
+
+
+def _with_run(model_options: dict, run: memory.MemoryRun) -> dict:
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), memory.RUN: run}}
