@@ -83,7 +83,7 @@ def clips(
             return (tiny_host.conditioning(pair.plain, seed),)
 
     class TinyTrap:
-        """In the second call of the network that samples with this MODEL, something happens."""
+        """From the second call of the network that samples with this MODEL on, something happens."""
 
         FUNCTION, RETURN_TYPES, CATEGORY = "run", ("MODEL",), "test"
         INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",), "ending": (list(ENDINGS),)}})
@@ -92,7 +92,7 @@ def clips(
             calls = iter(range(100))
 
             def spring(executor: Callable, *args: Any, **kw: Any) -> Tensor:
-                if next(calls) == 1:
+                if next(calls) >= 1:
                     ENDINGS[ending]()
                 return executor(*args, **kw)
 

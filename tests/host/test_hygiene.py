@@ -43,7 +43,7 @@ def _out_of_memory() -> None:
 
 
 class _FailingAt:
-    """Runs `breaking` when a layer deep inside the last temporal transformer is called for the n-th time."""
+    """Runs `breaking` when a layer deep inside the last temporal transformer is called, from the n-th time on."""
 
     def __init__(self, module: Any, breaking: Breaking, call: int) -> None:
         self.breaking, self.left, self.seen_slots = breaking, call, 0
@@ -53,7 +53,7 @@ class _FailingAt:
 
     def __call__(self, *_: Any) -> None:
         self.left -= 1
-        if not self.left:
+        if self.left <= 0:
             self.seen_slots = sum(isinstance(module, MotionSlot) for module in self.network.modules())
             self.breaking()
 
