@@ -103,7 +103,7 @@ class _Walk:
     def motion(self, channels: int, joint: bool) -> int:
         """Bytes of one temporal transformer: the normed input, the output, and the temporaries of one slab."""
         shape, places = self.shape, self.height * self.width
-        row = shape.frames * channels * shape.item
+        row = max(1, shape.frames) * channels * shape.item
         step = math.ceil(places / math.ceil(places / max(1, shape.slab // (8 * row))))
         return max(self.norm(channels, joint), 2 * self.map(channels) + SLAB_ROWS * step * row)
 
