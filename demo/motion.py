@@ -41,11 +41,6 @@ def single_frames(clips: Samples, frames: int) -> Samples:
     return Samples(latents, [text for text in clips.texts for _ in range(frames)])
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Softmax attention over few frames, spelled out as in `training.attention`. Shapes: (n, heads, f, d) each."""
-    return torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(-1), v)
-
-
 def initialise_motion(motion: nn.Module, generator: torch.Generator) -> None:
     """As `initialise`, with every output projection at zero: a new motion module changes nothing."""
     initialise(motion, generator)

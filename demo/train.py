@@ -25,6 +25,7 @@ from torch import nn
 
 from ..host import demo_models
 from ..motion_modules.animatediff.network import MotionModel, sinusoid
+from ..training.attention import over_frames
 from ..training.checkpoint import load_weights, save_weights
 from ..training.loop import Recipe, fit
 from ..training.lora import LowRankSet
@@ -283,7 +284,7 @@ def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Pat
     with (
         planar_norms(studio.unet),
         planar_norms(module),
-        demo_models.motion_in_place(studio.unet, module, FRAMES, motion.attention) as options,
+        demo_models.motion_in_place(studio.unet, module, FRAMES, over_frames) as options,
     ):
         loss_of = studio.loss(shop, samples, recipe, "linear", options)
         weights = shop.fit(dict(module.named_parameters()), loss_of, recipe)
@@ -320,7 +321,7 @@ def _train_zoom(recipe: Recipe, order: Order, file: str, shop: Workshop) -> None
         planar_norms(studio.unet),
         planar_norms(module),
         changes.on(module),
-        demo_models.motion_in_place(studio.unet, module, FRAMES, motion.attention) as options,
+        demo_models.motion_in_place(studio.unet, module, FRAMES, over_frames) as options,
     ):
         loss_of = studio.loss(shop, samples, recipe, "linear", options)
         weights = shop.fit(dict(changes.named_parameters()), loss_of, recipe)
