@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -63,16 +62,6 @@ class Workshop:
 
     def place(self, network: nn.Module) -> nn.Module:
         return network.to(self.device, self.dtype, memory_format=torch.channels_last)
-
-
-class Untrained(Workshop):
-    """Does every stage without a step of training, to see that all files fit together."""
-
-    def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
-
-    def samples(self, order: Order) -> Samples:
-        return Samples(torch.zeros(1, order.frames, 4, 16, 16), [""])
 
 
 class Encoding:
@@ -371,30 +360,12 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="train-demo", description="Train the demo models from nothing.")
     parser.add_argument("--out", type=Path, default=CACHE / "out", help="folder for the finished files")
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="only these, in order")
-    parser.add_argument("--untrained", action="store_true", help="write every file with the weights it starts from")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mark = arguments.out / "UNTRAINED.txt"
-    if arguments.untrained:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        mark.write_text("The files in this folder are untrained stand-ins; training replaces them.\n", encoding="utf-8")
-        with tempfile.TemporaryDirectory() as state:
-            _run(Untrained(arguments.out, Path(state), device, torch.float32), list(STAGES))
-        return 0
     shop = Workshop(arguments.out, CACHE / "state", device, fast_dtype(device))
-    if mark.is_file():
-        for file, _ in STAGES.values():
-            if file(shop).is_relative_to(arguments.out):
-                file(shop).unlink(missing_ok=True)
-        mark.unlink()
-    _run(shop, arguments.stages)
-    return 0
-
-
-def _run(shop: Workshop, stages: list[str]) -> None:
-    """Carry out those of the stages whose files are not there yet."""
     for name, (file, train) in STAGES.items():
-        if name in stages and file(shop).is_file():
+        if name in arguments.stages and file(shop).is_file():
             print(f"{name}: done already, {file(shop)}")
-        elif name in stages:
+        elif name in arguments.stages:
             train(shop)
+    return 0

@@ -37,8 +37,6 @@ from hosts import ROOT, Host, find
 from suites import run_tests
 
 WORKFLOW = ROOT / "workflows" / "api" / "text_to_video.json"
-WEIGHTS = ROOT / "demo" / "weights"
-LAST_WEIGHTS = WEIGHTS / "animatediff_motion_lora" / "latentmotion_toy_zoom_out.safetensors"
 
 
 def options_of(verb: str, arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
@@ -99,16 +97,6 @@ def in_pack(host: Host, cache: Path, module: str, arguments: list[str]) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
-def ensure_demo_models(host: Host, cache: Path) -> Host:
-    """Where the checkout has no trained demo models, write untrained ones, aloud, so that everything can be run."""
-    if not LAST_WEIGHTS.is_file():
-        say("This checkout has no trained demo models; writing untrained ones (their clips are noise), half a minute. "
-            "`python3 scripts/run.py train-demo --out demo/weights` trains them.")
-        if in_pack(host, cache, "demo.train", ["--untrained", "--out", str(WEIGHTS)]) != 0:
-            raise SetupError("The demo models could not be written; what went wrong is said above.")
-    return host
-
-
 def benchmarks() -> dict[str, str]:
     """Every file of bench/ that has a `main`, and the first line of its docstring."""
     found = {}
@@ -141,9 +129,9 @@ def run(verb: str, arguments: list[str], comfyui: str | None) -> int:
     """Carry out one verb."""
     cache = cache_folder()
     verbs: dict[str, Callable[[], int]] = {
-        "demo": lambda: demo(ensure_demo_models(find(comfyui, cache), cache), cache, arguments),
-        "test": lambda: run_tests(ensure_demo_models(find(comfyui, cache), cache), cache, arguments),
-        "serve": lambda: serve(ensure_demo_models(find(comfyui, cache), cache), cache, arguments),
+        "demo": lambda: demo(find(comfyui, cache), cache, arguments),
+        "test": lambda: run_tests(find(comfyui, cache), cache, arguments),
+        "serve": lambda: serve(find(comfyui, cache), cache, arguments),
         "bench": lambda: bench(lambda: find(comfyui, cache), cache, arguments),
         "train-demo": lambda: in_pack(find(comfyui, cache), cache, "demo.train", arguments),
         "lint": lambda: lint(find(comfyui, cache), cache, arguments),

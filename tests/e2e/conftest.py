@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from host_server import HostServer
-from stand_in_controlnet import provide_controlnet
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
@@ -34,7 +33,6 @@ def host_path() -> Path:
 def server(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
     """A running server: `server.url`, `server.base` (its models/, input/, output/), `server.run(api_prompt)`."""
     base = tmp_path_factory.mktemp("server")
-    provide_controlnet(base, host_path)
     with HostServer(Path(sys.executable), host_path, base) as running:
         yield running
 

@@ -108,9 +108,8 @@ LAYOUTS = {
     "video_with_controlnet": Layout(
         (((NOTE, 1, 2), (3,), (14, 5, 6), (11,), (12, 13)), ((4, 15), (16,), (7,), (8, 9), (10,))),
         "**Video with ControlNet**\n\nThe edges of a first clip, one picture per frame, steer a second clip of other "
-        "colours along the same path.\n\nIt needs a ControlNet for the demo models: "
-        "models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny ControlNet "
-        "for it.",
+        "colours along the same path.\n\nThe ControlNet here belongs to the demo models. With a real checkpoint, "
+        "choose a canny ControlNet for it.",
         ("First clip and its edges", "Second clip, along those edges"),
     ),
 }

@@ -1,8 +1,4 @@
-"""The demo models are ordinary models of the host, and the trained ones do what their captions say.
-
-Where no trained weights are committed, `scripts/run.py` writes untrained ones; what only training can give is then
-skipped, aloud.
-"""
+"""The demo models are ordinary models of the host, and the trained ones do what their captions say."""
 
 from __future__ import annotations
 
@@ -31,14 +27,6 @@ def bench() -> Bench:
         return Bench.open(config.WEIGHTS)
 
 
-@pytest.fixture(scope="module")
-def trained(bench: Bench) -> Bench:
-    weights = load_weights(config.WEIGHTS / config.MOTION_FILE)
-    if not any(tensor.any() for name, tensor in weights.items() if ".temporal_transformer.proj_out." in name):
-        pytest.skip("the demo weights are untrained stand-ins; train them with: python3 scripts/run.py train-demo")
-    return bench
-
-
 def test_the_node_gives_what_a_checkpoint_loader_gives():
     model, clip, vae = LoadDemoModels.execute().args
     assert type(model).__name__ == "ModelPatcher"
@@ -50,21 +38,21 @@ def test_all_weights_together_are_small():
     assert sum(path.stat().st_size for path in config.WEIGHTS.rglob("*.safetensors")) < 25e6
 
 
-def test_the_autoencoder_gives_pictures_back(trained: Bench):
+def test_the_autoencoder_gives_pictures_back(bench: Bench):
     rng = np.random.default_rng(11)
     every = [w for split in ("train", "test", "heldout") for w in sentences(split, True) + sentences(split, False)]
     words = [every[i] for i in rng.integers(len(every), size=100)]
     scene = world.join([world.still(w, rng, mark=bool(rng.integers(2))) for w in words])
-    readings = oracle.read(trained.vae.decode(trained.vae.encode(world.draw(scene))))
+    readings = oracle.read(bench.vae.decode(bench.vae.encode(world.draw(scene))))
     right = [r.shows(w) and r.mark == m for r, w, m in zip(readings, words, scene.mark, strict=True)]
     assert np.mean(right) >= 0.99
 
 
-def test_latents_have_the_scale_of_sd15(trained: Bench):
+def test_latents_have_the_scale_of_sd15(bench: Bench):
     rng = np.random.default_rng(12)
     words = sentences("train", True)
     scene = world.join([world.still(words[rng.integers(len(words))], rng) for _ in range(64)])
-    latents = trained.vae.encode(world.draw(scene)) * config.SCALE_FACTOR
+    latents = bench.vae.encode(world.draw(scene)) * config.SCALE_FACTOR
     assert 0.7 < latents.std().item() < 1.3
     assert abs(latents.mean().item()) < 0.3
 
@@ -85,16 +73,16 @@ def test_training_and_the_host_encode_captions_alike(bench: Bench):
     assert torch.allclose(encode(encoder, tokens), expected, atol=0.02)  # the host computes in float16
 
 
-def test_pictures_show_their_captions(trained: Bench):
+def test_pictures_show_their_captions(bench: Bench):
     asked = captions("test", False, 6) + captions("test", True, 6)
-    right = [trained.sample(trained.unet, words, 900 + i, 1)[0].shows(words) for i, words in enumerate(asked)]
+    right = [bench.sample(bench.unet, words, 900 + i, 1)[0].shows(words) for i, words in enumerate(asked)]
     assert np.mean(right) >= 0.75, right
 
 
-def test_a_clip_moves_as_its_caption_says(trained: Bench):
-    video = trained.video()
+def test_a_clip_moves_as_its_caption_says(bench: Bench):
+    video = bench.video()
     asked = captions("test", True, 4)
-    ways = [oracle.path(trained.sample(video, words, 900 + i, world.FRAMES))[0] for i, words in enumerate(asked)]
+    ways = [oracle.path(bench.sample(video, words, 900 + i, world.FRAMES))[0] for i, words in enumerate(asked)]
     assert sum(way == words.direction for way, words in zip(ways, asked, strict=True)) >= 3, ways
 
 
