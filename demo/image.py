@@ -10,19 +10,21 @@ from ..training.attention import attention
 from ..training.diffusion import add_noise, alphas_cumprod, noise_error
 from ..training.loop import LossFunction, Recipe
 from .autoencoder import initialise
+from .captions import DIRECTIONS
 from .latents import Openings, Order, Samples
-from .text import Vocabulary, encode
+from .text import Vocabulary, encode, read_back
 
 RECIPE = Recipe("image", steps=2600, batch=32, learning_rate=1e-3, warmup=200, average=0.998, seed=2)
 FINISH = Recipe("image_finish", steps=2000, batch=32, learning_rate=8e-4, warmup=30, average=0.998, seed=9)
 POLISH = Recipe("image_polish", steps=5000, batch=32, learning_rate=6e-4, warmup=30, average=0.998, seed=12)
-COMPOSE = Recipe("image_compose", steps=800, batch=32, learning_rate=1e-3, warmup=30, average=0.99, seed=17)
+COMPOSE = Recipe("image_compose", steps=1800, batch=32, learning_rate=1.2e-3, warmup=30, average=0.99, seed=19)
 STRESS = 80.0  # length of the vectors of the words for directions when COMPOSE begins; what later layers add is as long
 PLAIN_STEPS = 868  # first the looks, from the plain loss; then what the captions say
 CEILING = 20.0
+READ_BACK = 0.1  # weight of telling the directions apart, in COMPOSE
 MIDDLE = {FINISH.name: (200, 700), POLISH.name: (300, 900), COMPOSE.name: (700, 1000)}
 """The later runs spend half their samples on the steps that decide which shape it becomes, and then that it is one."""
-MIDDLE_CEILING = {FINISH.name: 4.0, POLISH.name: 8.0, COMPOSE.name: 100.0}
+MIDDLE_CEILING = {FINISH.name: 4.0, POLISH.name: 8.0, COMPOSE.name: 220.0}
 PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)
 OPENINGS = Openings("openings", count=4000, moving=0.8, seed=25)
 
@@ -50,6 +52,7 @@ def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sample
              device: torch.device) -> LossFunction:  # fmt: skip
     """Noise prediction on stills, captions dropped for one in ten."""
     kept = alphas_cumprod("scaled_linear")
+    directions = vocabulary.numbers(DIRECTIONS)
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, step])
@@ -67,6 +70,7 @@ def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sample
         context = encode(encoder, rows.to(device))
         predicted = predict(unet, noisy.to(device), steps.to(device), context)
         ceiling = MIDDLE_CEILING.get(recipe.name, 1.0 if step < PLAIN_STEPS else CEILING)
-        return noise_error(predicted, noise.to(device), kept[steps], ceiling)
+        error = noise_error(predicted, noise.to(device), kept[steps], ceiling)
+        return error + READ_BACK * read_back(context, rows, directions) if recipe is COMPOSE else error
 
     return loss_of

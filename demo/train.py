@@ -157,7 +157,7 @@ def compose_image(shop: Workshop) -> None:
     """Where a shape that is to move stands: without this the words for directions mean nothing to the image model,
     and no motion module can read them from it."""
     studio = Studio.read(shop.state / "polish")
-    stress(studio.encoder, studio.vocabulary, DIRECTIONS, demo_models.tokenizer(), image.STRESS)
+    stress(studio.encoder, studio.vocabulary, DIRECTIONS, image.STRESS)
     _fit_image(shop, studio, image.COMPOSE, shop.out, image.OPENINGS)
 
 
