@@ -18,13 +18,14 @@ RECIPE = Recipe("image", steps=2600, batch=32, learning_rate=1e-3, warmup=200, a
 FINISH = Recipe("image_finish", steps=2000, batch=32, learning_rate=8e-4, warmup=30, average=0.998, seed=9)
 POLISH = Recipe("image_polish", steps=5000, batch=32, learning_rate=6e-4, warmup=30, average=0.998, seed=12)
 COMPOSE = Recipe("image_compose", steps=1800, batch=32, learning_rate=1.2e-3, warmup=30, average=0.99, seed=19)
+SETTLE = Recipe("image_settle", steps=480, batch=32, learning_rate=7e-4, warmup=20, average=0.98, seed=21)
 STRESS = 80.0  # length of the vectors of the words for directions when COMPOSE begins; what later layers add is as long
 PLAIN_STEPS = 868  # first the looks, from the plain loss; then what the captions say
 CEILING = 20.0
-READ_BACK = 0.1  # weight of telling the directions apart, in COMPOSE
-MIDDLE = {FINISH.name: (200, 700), POLISH.name: (300, 900), COMPOSE.name: (700, 1000)}
+READ_BACK = 0.1  # weight of telling the directions apart, in COMPOSE and SETTLE
+MIDDLE = {FINISH.name: (200, 700), POLISH.name: (300, 900), COMPOSE.name: (700, 1000), SETTLE.name: (250, 1000)}
 """The later runs spend half their samples on the steps that decide which shape it becomes, and then that it is one."""
-MIDDLE_CEILING = {FINISH.name: 4.0, POLISH.name: 8.0, COMPOSE.name: 220.0}
+MIDDLE_CEILING = {FINISH.name: 4.0, POLISH.name: 8.0, COMPOSE.name: 220.0, SETTLE.name: 30.0}
 PICTURES = Order("pictures", count=12000, moving=0.65, seed=20)
 OPENINGS = Openings("openings", count=4000, moving=0.8, seed=25)
 
@@ -71,6 +72,6 @@ def loss_for(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sample
         predicted = predict(unet, noisy.to(device), steps.to(device), context)
         ceiling = MIDDLE_CEILING.get(recipe.name, 1.0 if step < PLAIN_STEPS else CEILING)
         error = noise_error(predicted, noise.to(device), kept[steps], ceiling)
-        return error + READ_BACK * read_back(context, rows, directions) if recipe is COMPOSE else error
+        return error + READ_BACK * read_back(context, rows, directions) if recipe in (COMPOSE, SETTLE) else error
 
     return loss_of

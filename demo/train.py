@@ -158,7 +158,12 @@ def compose_image(shop: Workshop) -> None:
     and no motion module can read them from it."""
     studio = Studio.read(shop.state / "polish")
     stress(studio.encoder, studio.vocabulary, DIRECTIONS, image.STRESS)
-    _fit_image(shop, studio, image.COMPOSE, shop.out, image.OPENINGS)
+    _fit_image(shop, studio, image.COMPOSE, shop.state / "compose", image.OPENINGS)
+
+
+def settle_image(shop: Workshop) -> None:
+    """Then the shapes again, which suffered from it."""
+    _fit_image(shop, Studio.read(shop.state / "compose"), image.SETTLE, shop.out, image.OPENINGS)
 
 
 def _fit_image(
@@ -344,7 +349,8 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "image": (lambda shop: shop.state / "image" / config.UNET_FILE, train_image),
     "image_finish": (lambda shop: shop.state / "finish" / config.UNET_FILE, finish_image),
     "image_polish": (lambda shop: shop.state / "polish" / config.UNET_FILE, polish_image),
-    "image_compose": (lambda shop: shop.out / config.UNET_FILE, compose_image),
+    "image_compose": (lambda shop: shop.state / "compose" / config.UNET_FILE, compose_image),
+    "image_settle": (lambda shop: shop.out / config.UNET_FILE, settle_image),
     "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
     "motion_cohere": (lambda shop: shop.state / "cohere" / config.MOTION_FILE, cohere_motion),
     "motion_layout": (lambda shop: shop.state / "layout" / config.MOTION_FILE, lay_motion_out),
