@@ -50,14 +50,14 @@ class Inversion:
 class Inverted:
     """What an inversion gives: the noisy clip as a LATENT, as a NOISE, and the SIGMAS to sample it with.
 
-    path: the last frames at every level, None where none are kept. error: relative RMSE of the clip sampled back, NaN
+    path: the last frames, as many as are kept, at every level. error: relative RMSE of the clip sampled back, NaN
     where it was not measured.
     """
 
     latent: dict
     noise: InvertedNoise
     sigmas: Tensor
-    path: Trajectory | None
+    path: Trajectory
     error: float
 
     @property
@@ -168,9 +168,9 @@ class WayUp:
     def sampler(self) -> comfy.samplers.KSAMPLER:
         return comfy.samplers.KSAMPLER(self.ddim_inversion)
 
-    def path(self) -> Trajectory | None:
+    def path(self) -> Trajectory:
         """Of the run that is over. Shapes: states (steps + 1, keep, c, h, w) on the CPU, in the sampler's scale."""
-        return Trajectory(self.ascent.levels, torch.stack(self._states)) if self.keep else None
+        return Trajectory(self.ascent.levels, torch.stack(self._states))
 
     def ddim_inversion(
         self,
@@ -200,8 +200,7 @@ class WayUp:
         return x
 
     def _store(self, x: Tensor) -> None:
-        if self.keep:
-            self._states.append(x[-self.keep :].to("cpu", copy=True))
+        self._states.append(x[len(x) - self.keep :].to("cpu", copy=True))
 
 
 def lead_hooks(guider: Any, schedule: Tensor, sigma: Tensor) -> None:
