@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
-from ..host import invert
+from ..host import evaluate, invert
 from .sockets import CATEGORY, LatentPathSocket
 
 
@@ -116,4 +116,56 @@ def _way_inputs() -> list[io.Input]:
     ]
 
 
-NODES: list[type[io.ComfyNode]] = [DdimInversion]
+class EvaluateVideo(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionEvaluate",
+            display_name="Evaluate Video",
+            category=f"{CATEGORY}/editing",
+            description="Measures with CLIP how much the frames of a video agree with each other, and how well they "
+            "show a text: the two figures by which Tune-A-Video compares edits.",
+            inputs=[
+                io.ClipVision.Input("clip_vision", tooltip="From Load CLIP Vision: ViT-L, ViT-H or ViT-bigG."),
+                io.MultiType.Input(
+                    "video",
+                    types=[io.Image, io.Video],
+                    tooltip="The frames, as images or as a video, which is decoded a few frames at a time.",
+                ),
+                io.String.Input(
+                    "text", default="", multiline=True, tooltip="The prompt of the edit: what the frames should show."
+                ),
+                io.Combo.Input(
+                    "crop",
+                    options=evaluate.CROPS,
+                    default=evaluate.CROPS[0],
+                    tooltip="How frames that are not square are shown to CLIP. center: the middle. none: squeezed.",
+                ),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="From Load CLIP: the text encoder trained together with clip_vision. Without it only "
+                    "frame consistency is measured.",
+                ),
+            ],
+            outputs=[
+                io.Float.Output(
+                    display_name="frame_consistency", tooltip="Mean cosine of all pairs of frames, x 100."
+                ),
+                io.Float.Output(
+                    display_name="textual_faithfulness",
+                    tooltip="Mean cosine of frames and text, x 100; NaN when not measured.",
+                ),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, clip_vision: io.ClipVision.Type, video: object, text: str, crop: str, clip: io.Clip.Type | None = None
+    ) -> io.NodeOutput:
+        found = evaluate.evaluate(clip_vision, video, text, crop, clip)
+        return io.NodeOutput(found.consistency, found.faithfulness, ui=ui.PreviewText(found.report))
+
+
+NODES: list[type[io.ComfyNode]] = [DdimInversion, EvaluateVideo]
