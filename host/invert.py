@@ -66,7 +66,7 @@ class Inverted:
         way = f"{len(self.sigmas) - 1} steps up to noise level {float(self.sigmas[0]):.2f}"
         if isnan(self.error):
             return f"{way}. Reconstruction not measured."
-        return f"{way}. Sampled back without edits, the latents differ by {self.error:.1%} (relative RMSE)."
+        return f"{way}. Sampled back without edits, the latents differ by {100 * self.error:.3g} % (relative RMSE)."
 
 
 class InvertedNoise:

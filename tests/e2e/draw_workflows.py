@@ -98,6 +98,14 @@ LAYOUTS = {
         "frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents are still "
         "there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames also agree.",
     ),
+    "edit_a_video": Layout(
+        (((NOTE, 1, 2), (4, 5, 6), (3,), (7,), (11,)), ((16, 12), (13,), (14, 15), (8, 9), (10,))),
+        "**Edit a video**\n\n*DDIM Inversion* finds the noise from which the model samples a clip that is there. "
+        "Sampled from it with another prompt, the clip keeps its motion and layout. The node shows how close the clip "
+        "comes back without edits.\n\nFor a video of your own, put *Load Video (Lazy)* and *Get Video Components* "
+        "before *VAE Encode*, in place of the upper row's sampler. Leave add_noise off: the latent is noisy already.",
+        ("A clip to edit", "Up to its noise, and down again with another prompt"),
+    ),
     "image_to_video": Layout(
         (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
         "**Image to video**\n\nThe first KSampler draws one image; its latent is repeated for 16 frames and sampled "

@@ -332,8 +332,8 @@ def test_the_node_says_what_it_found(pair: Pair, pack_nodes: dict[str, type]) ->
     assert torch.equal(latent["samples"], expected.latent["samples"]) and torch.equal(sigmas, expected.sigmas)
     assert error == expected.error and path.states.shape == (5, FRAMES, 4, 8, 8) and noise.seed == 0
     assert given.ui.as_dict()["text"][0] == (
-        f"4 steps up to noise level 4.12. Sampled back without edits, the latents differ by {error:.1%} "
-        "(relative RMSE).")  # fmt: skip
+        f"4 steps up to noise level 4.12. Sampled back without edits, the latents differ by "
+        f"{100 * error:.3g} % (relative RMSE).")  # fmt: skip
     *_, error, path = node.execute(**inputs, **WIDGETS | {"reconstruct": False, "keep_frames": 0}).result
     assert error != error and path.states.shape == (5, 0, 4, 8, 8)
     for name in ("scheduler", "convention"):
