@@ -24,6 +24,7 @@ from latentmotion.sampling.inversion import Convention, Prediction, invert, plan
 from latentmotion.sampling.reuse import Reuse
 from latentmotion.sampling.windows import WindowPlan
 from test_bad_settings import windows
+from test_travel import MIXED, StandInClip, per_frame, travel
 from torch import Tensor
 
 pytest_plugins = ["helpers_fixtures"]
@@ -217,6 +218,14 @@ def test_conditioning_follows_the_frame(pair: Pair, run_node: Callable) -> None:
                              (apply_context(pair.plain, SlidingContext(WindowPlan(length=2, overlap=1))), positive),
                              (pair.plain, tiny_host.conditioning(pair.plain, 1, batch=FRAMES))))  # fmt: skip
     assert relative_error(parts, whole) < 1e-4 and relative_error(bare, whole) > 1e-3
+
+
+def test_prompts_that_travel_travel_on_the_way_up(pair: Pair) -> None:
+    text = StandInClip(pair.plain)
+    model = apply_context(pair.plain, SlidingContext(WindowPlan(length=5, overlap=1)))
+    moving, fixed = (up(model, clip(len(MIXED)), steps=1, positive=conds, check=False).latent["samples"]
+                     for conds in (travel(text), per_frame(text, MIXED)))  # fmt: skip
+    assert relative_error(moving, fixed) < 1e-5
 
 
 def test_schedules_of_hooks_are_read_at_the_level(pair: Pair) -> None:
