@@ -218,3 +218,14 @@ def test_help_of_every_node_is_shown(front_end: FrontEnd, server: HostServer, te
     front_end.page.get_by_test_id("info-button").click()
     front_end.page.get_by_text("Values per frame").wait_for(timeout=30_000)
     front_end.screenshot(test_results / "canvas-help.png")
+
+
+def test_what_a_run_found_out_is_shown_and_not_saved(front_end: FrontEnd, test_results: Path) -> None:
+    front_end.open(ROOT / "workflows" / "edit_a_video.json")
+    shown = front_end.evaluate("""() => {
+        const node = app.graph.nodes.find(({type}) => type === "LatentMotionDDIMInversion");
+        node.onExecuted({text: ["differs by 3 %"]});
+        return [node.widgets.at(-1).element.textContent, node.serialize().widgets_values.length];
+    }""")
+    assert shown == ["differs by 3 %", 7]
+    front_end.screenshot(test_results / "canvas-result-text.png")
