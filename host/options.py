@@ -6,6 +6,7 @@ from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
 from ..motion_modules.errors import CheckpointError
+from ..motion_modules.tune_a_video.attention import Reach
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
@@ -13,6 +14,7 @@ from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from ..training.loop import Recipe
 from . import paths
+from .attention import FrameAttention
 from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
@@ -31,6 +33,7 @@ FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
 DECODE_MODES = [EXACT, STREAMING]
+REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 
@@ -188,6 +191,13 @@ def lora_training(
         save_every=save_every,
         go_on=existing == GO_ON,
     )
+
+
+def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:
+    """Translate the widgets of ST-Attention. Raises ValueError for a choice that does not exist."""
+    if keys_from not in REACHES:
+        raise ValueError(f"keys_from is '{keys_from}', which is none of its choices: {', '.join(REACHES)}.")
+    return FrameAttention(Reach(keys_from), joint_group_norm, frames)
 
 
 def known_new_file(folder: str, name: str | None) -> bool | str:
