@@ -38,9 +38,9 @@ GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 
 
-def known_file(folder: str, name: str | None) -> bool | str:
+def known_file(folder: str, name: str | None, kind: str = "") -> bool | str:
     """True, or the sentence for a workflow that names a file the user lacks; None (linked) is not known yet."""
-    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name)
+    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name, kind)
 
 
 def known_range(start: float | None, end: float | None) -> bool | str:

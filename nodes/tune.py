@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..host import attention, options
+from ..host import attention, options, paths, tuned
 from .sockets import CATEGORY
 
 
@@ -49,4 +49,48 @@ class STAttention(io.ComfyNode):
         return io.NodeOutput(attention.apply_frame_attention(model, options.frame_attention(**settings)))
 
 
-NODES: list[type[io.ComfyNode]] = [STAttention]
+class LoadTunedVideoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionLoadTunedVideoModel",
+            display_name="Load Tuned Video Model",
+            category=f"{CATEGORY}/tune a video",
+            description="Turns an image MODEL into the video model that was tuned on one clip (Tune-A-Video): "
+            "attention between frames, temporal layers, and changed weights.",
+            inputs=[
+                io.Model.Input("model", tooltip="The image model it was tuned on."),
+                io.Combo.Input(
+                    "tuned_model",
+                    options=paths.list_files(paths.MOTION_MODULES),
+                    tooltip="A file of the folder models/animatediff_models, or of a Tune-A-Video folder in there.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="Share of what was tuned: 1 as tuned, 0 leaves ST-Attention on the untuned model.",
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    tooltip="Frames per clip. 0: what Apply Motion Module says, or the whole batch is one clip.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="Samples clips. Goes to any sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, tuned_model: str) -> bool | str:
+        return options.known_file(paths.MOTION_MODULES, tuned_model, paths.TUNED)
+
+    @classmethod
+    def execute(cls, model: io.Model.Type, tuned_model: str, strength: float, frames: int) -> io.NodeOutput:
+        return io.NodeOutput(tuned.load_tuned_model(model, tuned_model, strength, frames))
+
+
+NODES: list[type[io.ComfyNode]] = [STAttention, LoadTunedVideoModel]

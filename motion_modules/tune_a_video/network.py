@@ -87,6 +87,12 @@ def temporal_shapes(slots: Slots) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def trained_shapes(slots: Slots) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that tuning changes: both query projections, and T-Attn without its norm."""
+    queries = {f"{slot}.{part}.to_q.weight": (c, c) for slot, c in slots for part in ("attn1", "attn2")}
+    return queries | {name: shape for name, shape in temporal_shapes(slots).items() if ".norm_temp." not in name}
+
+
 def initial_weights(slots: Slots, seed: int) -> dict[str, Tensor]:
     """Weights to begin training with, float32: the output weight is zero and its bias is not, as the authors begin.
 
