@@ -19,6 +19,7 @@ from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
 from .train import LoraTraining
+from .tune import Tuning
 from .vae import EXACT, STREAMING, DecodeSettings
 
 AS_TRAINED = "as trained"
@@ -190,6 +191,36 @@ def lora_training(
         recompute=gradient_checkpointing,
         save_every=save_every,
         go_on=existing == GO_ON,
+    )
+
+
+def tuning(
+    *,
+    file_name: str,
+    steps: int,
+    learning_rate: float,
+    frames: int,
+    stride: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    save_every: int,
+    existing: str,
+    base_name: str = "",
+) -> Tuning:
+    """Translate the widgets of Tune Video Model. Raises ValueError for values that cannot be used."""
+    if existing not in EXISTING:
+        raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
+    recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
+                    second_moment=0.999)  # fmt: skip
+    return Tuning(
+        path=paths.new_file(paths.MOTION_MODULES, file_name),
+        recipe=recipe,
+        frames=frames,
+        stride=stride,
+        recompute=gradient_checkpointing,
+        save_every=save_every,
+        go_on=existing == GO_ON,
+        base_name=base_name,
     )
 
 

@@ -190,7 +190,7 @@ class TemporalAttention:
             call = MotionCall(frames, torch.arange(frames), self.strength, slab_bytes=run.slab_on(x.device))
             # The UNet takes a ControlNet's outputs off their lists one by one: each try gets lists of its own.
             hints = control and {key: list(value) for key, value in control.items()}
-            with self.on(base.diffusion_model, call):
+            with temporal_attention(base.diffusion_model, self.patcher.model, self.places, call):
                 return executor(x, t, c_concat, c_crossattn, hints, options, **kwargs)
 
         def lessen() -> str | None:
@@ -199,17 +199,20 @@ class TemporalAttention:
 
         return memory.with_less(denoise, lessen, run, x.device)
 
-    @contextmanager
-    def on(self, unet: UNetModel, call: MotionCall) -> Iterator[None]:
-        """While the context lasts, the UNet has T-Attn and uses it as the call says."""
-        with stand_ins(self._blocks(unet, call)):
-            yield
 
-    def _blocks(self, unet: UNetModel, call: MotionCall) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-        for slot, layer in self.patcher.model.layers().items():
-            parent, _, name = self.places[slot].rpartition(".")
+@contextmanager
+def temporal_attention(unet: UNetModel, network: TunedModel, places: Mapping[str, str], call: MotionCall
+                       ) -> Iterator[None]:  # fmt: skip
+    """While the context lasts, a layer of `network` stands behind each transformer block."""
+
+    def blocks() -> Iterator[tuple[nn.Module, str, nn.Module]]:
+        for slot, layer in network.layers().items():
+            parent, _, name = places[slot].rpartition(".")
             holder = unet.get_submodule(parent)
             yield holder, name, TemporalBlock(holder._modules[name], layer, call)
+
+    with stand_ins(blocks()):
+        yield
 
 
 class TemporalBlock(nn.Module):
