@@ -159,13 +159,23 @@ def _changes(model: ModelPatcher, file: TunedFile) -> Iterator[tuple[str, Tensor
         if weight.shape != tensor.shape:
             raise ModelMismatchError(f"{file.name} has {name} of shape {tuple(tensor.shape)}, and this MODEL has "
                                      f"{tuple(weight.shape)}. Load the image model it was tuned on.")  # fmt: skip
-        tensor = tensor.to(weight.device)
-        if not torch.equal(tensor.to(weight.dtype), weight):
-            others += not name.removesuffix(".weight").endswith(QUERIES)
-            yield name, tensor.float() - weight.float()
+        is_query = name.removesuffix(".weight").endswith(QUERIES)
+        if not _is_same(tensor.to(weight.device), weight, exactly=is_query):
+            others += not is_query
+            yield name, tensor.to(weight.device).float() - weight.float()
     if others:
         log.info("%s was tuned on another image model than this MODEL; %d more weights of its UNet are taken from "
                  "the file", file.name, others)  # fmt: skip
+
+
+def _is_same(tensor: Tensor, weight: Tensor, exactly: bool) -> bool:
+    """Whether a tensor is this weight in the weight's type; two roundings on the way may differ in the last bit."""
+    rounded = tensor.to(weight.dtype)
+    if exactly or weight.dtype not in (torch.float16, torch.bfloat16):
+        return torch.equal(rounded, weight)
+    kind = torch.finfo(weight.dtype)
+    weight = weight.float()
+    return bool(((rounded.float() - weight).abs() <= kind.eps * weight.abs() + kind.tiny * kind.eps).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -240,7 +240,8 @@ def test_the_node_in_a_graph_says_which_file_it_belongs_to(model, folder, monkey
     monkeypatch.setattr(train, "TrainingProgress", Recorder())
     node = pack_nodes["LatentMotionTuneVideoModel"]
     graph = {"1": {"inputs": {"unet_name": "dream.safetensors"}}, "2": {"inputs": {"model": ["1", 0]}}}
-    clone = node.PREPARE_CLASS_CLONE({io.Hidden.prompt: graph, io.Hidden.unique_id: "2"})
+    hidden = {io.Hidden.prompt: graph, io.Hidden.unique_id: "2"}
+    clone = node.PREPARE_CLASS_CLONE(hidden | {"hidden_inputs": hidden})  # newer hosts look one level deeper
     widgets = {**WIDGETS, "steps": 1}
     clone.execute(model=model, clip=Text(), vae=Pictures(), video=clip_of_a_moving_edge(), prompt="an edge", **widgets)
     assert "dream.safetensors" in read_metadata(folder / "edge.safetensors")["base"]

@@ -19,6 +19,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from helpers_motion import SMALL, Pair, motion_module, relative_error
+from latentmotion.bench import tav
 from latentmotion.bench.tav import STEP, parity, predicted_noise, trained_parameters, tuned_file
 from latentmotion.bench.tav_reference import TunedUNet
 from latentmotion.host import paths
@@ -157,6 +158,16 @@ def test_a_whole_file_on_another_image_model(pair: Pair) -> None:
     assert relative_error(found, predicted_noise(apply_tuned(other, file), x, text(other))) < EXACT
 
 
+def test_a_whole_file_on_its_own_image_model_in_a_smaller_type() -> None:
+    """An image model kept as float16 on the disk and loaded as bfloat16 was rounded twice, and is the same one."""
+    model = tiny_host.sd15(**SMALL)
+    file = tuned_file(model)
+    twice = tiny_host.sd15(dtype=torch.bfloat16, compute_dtype=torch.float32, **SMALL)
+    for parameter in twice.model.diffusion_model.parameters():
+        parameter.copy_(torch.nextafter(parameter, torch.zeros(1, dtype=torch.bfloat16)))
+    assert len(apply_tuned(twice, file).patches) == 2 * len(file.slots)
+
+
 def test_strength_is_between_untuned_and_tuned(pair: Pair) -> None:
     file, x, model = tuned_file(pair.plain), noise(), pair.plain
     none, half, whole = (predicted_noise(apply_tuned(model, file, s), x, text(model)) for s in (0.0, 0.5, 1.0))
@@ -262,3 +273,11 @@ def test_what_does_not_belong_is_said(pair: Pair, folder: Path, load: Callable) 
     (folder / "unet" / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json cannot be read"):
         load(model, "unet/x.safetensors")
+
+
+def test_the_benchmark_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a narrow network of SD1.5's layout; the real one is `run.py bench tav`."""
+    monkeypatch.setattr(tav, "SD15", tiny_host.sd15_config())
+    assert tav.main(["--size", "64", "--json", str(tmp_path / "figures.json")]) == 0
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["tav.parity"] < EXACT and figures["tav.trained_parameters"] > 0
