@@ -145,7 +145,8 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
                 recipe = replace(how.recipe, about=json.dumps(settings, sort_keys=True))
                 if is_finished(how, recipe, ABOUT):
                     return
-                with tuned_unet(model, clips.frames, how) as (parameters, options):
+                network = new_network(model, recipe.seed)
+                with tuned_unet(model, network, clips.frames, how.recompute) as (parameters, options):
                     write = _writer(parameters, base, recipe, how)
                     loss_of = tuning_loss(model.model, clips, conditions, options)
                     learn(parameters, loss_of, recipe, how, loss_scale(model.model), write)
@@ -153,25 +154,32 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
         model.cleanup()
 
 
-@contextmanager
-def tuned_unet(model: ModelPatcher, frames: int, how: Tuning) -> Iterator[tuple[dict[str, nn.Parameter], dict]]:
-    """While the context lasts the UNet is the tuned one, backward passes included.
-
-    Yields what is trained, by the release's names, and the options of the UNet's calls.
-    """
+def new_network(model: ModelPatcher, seed: int) -> TunedModel:
+    """T-Attn for this MODEL as training begins with it, on its device and in the type it computes in."""
     unet, places, slots = model.model.diffusion_model, tuned.places_of(model), tuned.slots_of(model)
     heads = tuple(unet.get_submodule(places[slot]).n_heads for slot, _ in slots)
     network = TunedModel(slots, heads, dtype=working_type(model.model), device=model.load_device)
-    network.load_state_dict(initial_weights(slots, how.recipe.seed))
+    network.load_state_dict(initial_weights(slots, seed))
     for layer in network.layers().values():
         layer.norm_temp.requires_grad_(False)
+    return network
+
+
+@contextmanager
+def tuned_unet(model: ModelPatcher, network: TunedModel, frames: int, recompute: bool
+               ) -> Iterator[tuple[dict[str, nn.Parameter], dict]]:  # fmt: skip
+    """While the context lasts the UNet is the tuned one, with this T-Attn, backward passes included.
+
+    Yields what is trained, by the release's names, and the options of the UNet's calls.
+    """
+    unet, places = model.model.diffusion_model, tuned.places_of(model)
     call = MotionCall(frames, torch.arange(frames), attention=over_frames)
     own = model.model_options["transformer_options"]
     options = {"optimized_attention_override": attention, **own, "cond_or_uncond": [0],
                "wrappers": model.wrappers, "callbacks": model.callbacks}  # fmt: skip
-    heavy = list(heavy_layers(unet)) if how.recompute else []
+    heavy = list(heavy_layers(unet)) if recompute else []
     temporal = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    names = {f"{slot}.{part}.weight": f"{places[slot]}.{part}" for slot, _ in slots for part in QUERIES}
+    names = {f"{slot}.{part}.weight": f"{places[slot]}.{part}" for slot in places for part in QUERIES}
     with trainable(unet, names, working_type(model.model)) as queries, recomputed(heavy), \
             frames_of.FrameAttention().on(unet, frames), \
             tuned.temporal_attention(unet, network, places, call):  # fmt: skip
