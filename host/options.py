@@ -6,6 +6,7 @@ from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
 from ..motion_modules.errors import CheckpointError
+from ..motion_modules.tune_a_video.attention import Reach
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
@@ -13,10 +14,12 @@ from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from ..training.loop import Recipe
 from . import paths
+from .attention import FrameAttention
 from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
 from .train import LoraTraining
+from .tune import Tuning
 from .vae import EXACT, STREAMING, DecodeSettings
 
 AS_TRAINED = "as trained"
@@ -31,13 +34,14 @@ FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
 DECODE_MODES = [EXACT, STREAMING]
+REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 
 
-def known_file(folder: str, name: str | None) -> bool | str:
+def known_file(folder: str, name: str | None, kind: str = "") -> bool | str:
     """True, or the sentence for a workflow that names a file the user lacks; None (linked) is not known yet."""
-    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name)
+    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name, kind)
 
 
 def known_range(start: float | None, end: float | None) -> bool | str:
@@ -188,6 +192,43 @@ def lora_training(
         save_every=save_every,
         go_on=existing == GO_ON,
     )
+
+
+def tuning(
+    *,
+    file_name: str,
+    steps: int,
+    learning_rate: float,
+    frames: int,
+    stride: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    save_every: int,
+    existing: str,
+    base_name: str = "",
+) -> Tuning:
+    """Translate the widgets of Tune Video Model. Raises ValueError for values that cannot be used."""
+    if existing not in EXISTING:
+        raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
+    recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
+                    second_moment=0.999)  # fmt: skip
+    return Tuning(
+        path=paths.new_file(paths.MOTION_MODULES, file_name),
+        recipe=recipe,
+        frames=frames,
+        stride=stride,
+        recompute=gradient_checkpointing,
+        save_every=save_every,
+        go_on=existing == GO_ON,
+        base_name=base_name,
+    )
+
+
+def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:
+    """Translate the widgets of ST-Attention. Raises ValueError for a choice that does not exist."""
+    if keys_from not in REACHES:
+        raise ValueError(f"keys_from is '{keys_from}', which is none of its choices: {', '.join(REACHES)}.")
+    return FrameAttention(Reach(keys_from), joint_group_norm, frames)
 
 
 def known_new_file(folder: str, name: str | None) -> bool | str:

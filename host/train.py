@@ -129,35 +129,48 @@ def _fit_lora(model: ModelPatcher, module: MotionModule, clips: Clips, contexts:
             with frozen(model.model, network):
                 changes = LowRankSet(network, names, how.rank, how.recipe.seed)
                 recipe = _signed(how, clips, model.model, network)
-                if _is_finished(how, recipe):
+                if is_finished(how, recipe):
                     return
                 with changes.on(network, how.alpha / how.rank), video_unet(model, module, clips, how) as options:
                     loss_of = noise_loss(model.model, clips, conditions, options, recipe)
-                    _fit(changes, loss_of, recipe, how, _loss_scale(model.model))
+                    _fit(changes, loss_of, recipe, how, loss_scale(model.model))
     finally:
         model.cleanup()
 
 
 def _fit(changes: LowRankSet, loss_of: Callable, recipe: Recipe, how: LoraTraining, scale: float) -> None:
-    """The run itself; writes the file at its end, and on Cancel says where the state is."""
-    losses: list[float] = []
-    progress = TrainingProgress(how.path.name, recipe.steps, losses)
-    stop = comfy.model_management.processing_interrupted
-
     def write(weights: dict[str, Tensor]) -> None:
         pairs = {}
         for layer, down, up in changes.pairs(weights):
             key = published_key(layer)
             pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up * (how.alpha / how.rank)
-        try:
-            save_weights(how.path, pairs, asdict(recipe), torch.float32)
-        except OSError as error:
-            raise TrainingError(f"{how.path} could not be written ({error}). Make room on that disk and run again: "
-                                "training is finished, and only the file is missing.") from error  # fmt: skip
+        write_file(how.path, pairs, recipe, torch.float32)
 
+    learn(dict(changes.named_parameters()), loss_of, recipe, how, scale, write)
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], recipe: Recipe, dtype: torch.dtype,
+               about: dict[str, str] | None = None) -> None:  # fmt: skip
+    """Write what a run has learned. Raises TrainingError where that cannot be done; the run's state stays."""
     try:
-        fit(dict(changes.named_parameters()), loss_of, recipe, how.state, progress, stop,
-            save_every=how.save_every, losses=losses, loss_scale=scale, finish=write)  # fmt: skip
+        save_weights(path, tensors, asdict(recipe), dtype, about)
+    except OSError as error:
+        raise TrainingError(f"{path} could not be written ({error}). Make room on that disk and run again: "
+                            "training is finished, and only the file is missing.") from error  # fmt: skip
+
+
+def learn(parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe, how: Any, scale: float,
+          write: Callable[[dict[str, Tensor]], None]) -> None:  # fmt: skip
+    """The run itself; `write` gets the weights at its end. On Cancel it says where the state is.
+
+    how: LoraTraining, or what has its path, state and save_every.
+    """
+    losses: list[float] = []
+    progress = TrainingProgress(how.path.name, recipe.steps, losses)
+    stop = comfy.model_management.processing_interrupted
+    try:
+        fit(parameters, loss_of, recipe, how.state, progress, stop, save_every=how.save_every, losses=losses,
+            loss_scale=scale, finish=write)  # fmt: skip
     except (Stopped, comfy.model_management.InterruptProcessingException):  # the host's layers answer Cancel as well
         log.info("Training stopped after step %d; run the workflow again to go on. Its state: %s",
                  len(losses), how.state)  # fmt: skip
@@ -235,7 +248,8 @@ def working_type(base: Any) -> torch.dtype:
     return getattr(base, "manual_cast_dtype", None) or base.get_dtype()
 
 
-def _loss_scale(base: Any) -> float:
+def loss_scale(base: Any) -> float:
+    """Factor on the loss that keeps gradients in the range of the type the network computes in."""
     return LOSS_SCALE if working_type(base) == torch.float16 else 1.0
 
 
@@ -255,13 +269,17 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_finished(how: LoraTraining, recipe: Recipe) -> bool:
-    """Whether the file is there already. Raises TrainingError where something else would be overwritten."""
+def is_finished(how: Any, recipe: Recipe, about: str = "clips, models, rank or alpha") -> bool:
+    """Whether the file is there already. Raises TrainingError where something else would be overwritten.
+
+    about: what the recipe's `about` stands for, in words.
+    """
     if not how.go_on:
         how.state.unlink(missing_ok=True)
         return False
     if how.path.is_file():
-        if read_recipe(how.path) == asdict(recipe):
+        made, now = read_recipe(how.path), asdict(recipe)
+        if made is not None and {**now, **made} == now:  # an older file may not say everything
             log.info("%s was trained with these settings already", how.path.name)
             return True
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
@@ -271,7 +289,7 @@ def _is_finished(how: LoraTraining, recipe: Recipe) -> bool:
         now = asdict(recipe)
         other = sorted(name for name in now if began.get(name, now[name]) != now[name])
         if other:
-            said = ", ".join("clips, models, rank or alpha" if name == "about" else f"{name} {began[name]}"
+            said = ", ".join(about if name == "about" else f"{name} {began[name]}"
                              f" (now {now[name]})" for name in other)  # fmt: skip
             raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: {said}. "
                                 "Set them back to go on with it, choose another file_name, or set existing to "

@@ -33,6 +33,7 @@ class Recipe:
     seed: int = 0
     accumulate: int = 1  # batches whose gradients make one step
     about: str = ""  # of what is trained on what; another text is another run
+    second_moment: float = 0.99  # AdamW's decay of squared gradients
 
     def rate(self, step: int) -> float:
         """Learning rate at a step: linear warm-up, then half a cosine."""
@@ -106,7 +107,8 @@ class _Run:
         self.masters = Masters(parameters)
         tensors = self.masters.tensors
         decay = recipe.weight_decay
-        self.optimiser = torch.optim.AdamW(tensors.values(), lr=0.0, weight_decay=decay, betas=(0.9, 0.99))
+        betas = (0.9, recipe.second_moment)
+        self.optimiser = torch.optim.AdamW(tensors.values(), lr=0.0, weight_decay=decay, betas=betas)
         self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.step = 0
         self.consistent = True  # weights, optimiser, average and step belong together

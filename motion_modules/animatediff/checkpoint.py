@@ -241,6 +241,7 @@ OTHER_FILES: tuple[tuple[Test, str], ...] = (
      "is a whole image checkpoint. Load it with Load Checkpoint, and choose a motion module here."),
     (lambda t: not _has_motion(t) and (_any("decoder.up")(t) or _any("encoder.down")(t)),
      "is a VAE. Use the Load VAE node for it."),
+    (_any(".attn_temp."), "is a network tuned on one clip (Tune-A-Video). Load it with Load Tuned Video Model."),
     (lambda t: not _has_motion(t) and (_any("down_blocks.")(t) or _any("input_blocks.")(t)),
      "is a UNet for images. Use the Load Diffusion Model node for it, and choose a motion module here."),
     (lambda t: not _has_motion(t), "holds no motion module. Choose a file such as mm_sd_v15_v2, v3_sd15_mm, "
