@@ -1,8 +1,8 @@
 """Memory of decoding and saving a clip: how much more 2,000 frames need than 64.
 
-Each length runs in a process of its own: the demo's VAE decodes chunk by chunk from latents that are there already,
-while the host's way of saving writes an mp4. `decode.rss_2000_over_64` compares the peaks of the process's memory less
-the latents; a clip that were held would add 12 bytes a pixel, 375 MiB for 2,000 frames of 128 x 128.
+Each length runs in a process of its own: Temporal VAE Decode decodes with the demo's VAE from latents that are there
+already, while the host's way of saving writes an mp4. `decode.rss_2000_over_64` compares the peaks of the process's
+memory less the latents; a clip that were held would add 12 bytes a pixel, 375 MiB for 2,000 frames of 128 x 128.
 `decode.rss_grown_mib_*` is what the peak since the decoding began is above the memory at that time, the sharper of the
 two; `decode.rss_kept_mib_*` is what the process holds more when the file is whole.
 """
@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ import torch
 
 from ..demo import config
 from ..host import demo_models
+from ..host.vae import DecodeSettings, decode_video
 from ..host.video import StreamedVideo
-from ..media.clip import Clip
 from .side_by_side import device_name, report
 
 LENGTHS = (64, 2000)
@@ -55,13 +54,8 @@ def streamed(frames: int, size: int) -> StreamedVideo:
         torch.nn.init.normal_(parameter, std=0.05)
     settings = {"params": {"ddconfig": config.VAE, "embed_dim": config.VAE["z_channels"]}}
     vae = comfy.sd.VAE(sd=network.state_dict(), config=settings)
-    latent = torch.randn(frames, config.VAE["z_channels"], size // 8, size // 8)
-
-    def chunks() -> Iterator[torch.Tensor]:
-        return (vae.decode(part).cpu() for part in latent.split(CHUNK))
-
-    next(chunks())  # the VAE is loaded before memory is counted
-    return StreamedVideo(Clip(frames, size, size, Fraction(24), chunks))
+    samples = {"samples": torch.randn(frames, config.VAE["z_channels"], size // 8, size // 8)}
+    return decode_video(vae, samples, Fraction(24), DecodeSettings(chunk=CHUNK))
 
 
 def one_length(frames: int, size: int, folder: Path) -> dict[str, float]:
