@@ -50,6 +50,7 @@ class ClipDecoder:
     def __init__(self, vae: comfy.sd.VAE, settings: DecodeSettings | None = None) -> None:
         """Raises ModelMismatchError for a VAE whose latents have a time axis of their own."""
         self.vae = vae
+        self.page = watching_page()  # of the node that decodes; the work is done while another one saves
         self.settings = settings or DecodeSettings()
         if getattr(vae, "latent_dim", 2) != 2:
             raise ModelMismatchError(
@@ -114,9 +115,8 @@ class ClipDecoder:
         load = comfy.model_management.load_models_gpu  # makes room, and what is free then counts
         load([vae.patcher], memory_required=need(most), force_full_load=vae.disable_offload)
         chunk, line = memory.fitting(most, need, vae.device, "decoding")
-        page = watching_page()
-        if page is not None:
-            page.say(line)
+        if self.page is not None:
+            self.page.say(line)
         return chunk
 
     def _needs(self, clip: Tensor, chunk: int) -> int:

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -15,6 +16,7 @@ import torch
 from helpers_vae import clip, image_vae, svd_vae, vidrd_vae, whole
 from latentmotion.bench.side_by_side import peak_bytes
 from latentmotion.host import memory
+from latentmotion.host import vae as host_vae
 from latentmotion.host.vae import EXACT, STREAMING, ClipDecoder, DecodeSettings
 from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
 from latentmotion.motion_modules.temporal_vae import decode
@@ -289,3 +291,14 @@ def test_node(vae: comfy.sd.VAE, run_node: Callable[..., tuple]) -> None:
     assert torch.equal(samples["samples"], latent)
     with pytest.raises(ValueError, match="none of its choices"):
         run_node("LatentMotionTemporalVAEDecode", **inputs | {"mode": "fast"})
+
+
+def test_the_node_says_what_decoding_takes_although_another_one_saves(
+    svd: comfy.sd.VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    monkeypatch.setattr(host_vae, "watching_page", lambda: SimpleNamespace(say=said.append))
+    film = host_vae.decode_video(svd, {"samples": clip(5)}, Fraction(8), DecodeSettings(EXACT, 4))
+    monkeypatch.setattr(host_vae, "watching_page", lambda: pytest.fail("that would be the node that saves"))
+    assert not said and len(film.get_components().images) == 5
+    assert re.fullmatch(r"decoding 4 frames at once, about \d+ MiB of \d+ MiB free", *said)
