@@ -11,7 +11,7 @@ import pytest
 import tiny_host
 import torch
 from helpers_motion import SMALL, SMALL_WIDTHS, Pair, inflate, motion_module, relative_error
-from latentmotion.host import options
+from latentmotion.host import conditioning, options
 from latentmotion.host.conditioning import ControlSlices, cut_conds
 from latentmotion.host.context import ContextWindow, SlidingContext, apply_context, step_of
 from latentmotion.motion_modules.animatediff.spec import HOTSHOT_XL, V1, V2, Variant
@@ -61,6 +61,22 @@ def test_hints_and_masks_follow_the_frame(pair: Pair, run_node: Callable) -> Non
         for model in (pair.plain, windowed(pair.plain))
     )
     assert relative_error(parts, whole) < 1e-4
+
+
+def test_hints_of_a_long_clip_are_not_kept_in_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    control = tiny_host.controlnet(**SMALL)
+    control.cond_hint_original = per_frame(1, 3, 64, 64)
+    row = control.cond_hint_original[0].nbytes
+    monkeypatch.setattr(conditioning, "MOST_KEPT", 9 * row)
+    slices, parts = ControlSlices(), []
+    for start in (0, 1, 2, 3, 0):
+        frames = list(range(start, start + LENGTH))
+        part = slices.cut(control, frames)
+        assert torch.equal(part.cond_hint_original, control.cond_hint_original[frames])
+        assert slices.cut(control, frames) is part, "prompts of a window share it"
+        parts.append(part)
+    assert slices.kept_bytes == 8 * row and parts[4] is parts[0], "two windows are kept"
+    assert slices.cut(control, [2, 3, 4, 5]) is not parts[2]
 
 
 def test_inpainting_mask_follows_the_frame(pair: Pair) -> None:
