@@ -28,6 +28,7 @@ from ..sampling.inversion import Trajectory
 from ..sampling.reuse import Reuse, States, sample_clip
 from .conditioning import ControlSlices, cut_conds
 from .context import ContextWindow
+from .memory import MemoryRun, run_of
 from .preview import Page, watching_page
 from .schedule import noise_scale
 
@@ -192,7 +193,8 @@ class ClipByClip(comfy.samplers.Sampler):
         if self.path is not None and noise.any():
             own = self._follow(states, model_wrap.inner_model.model_sampling, sigmas, own)
         with tqdm(total=noise.shape[0] // n * steps, disable=disable_pbar) as bar:
-            report = Report(callback, noise.shape[0] // n, steps, watching_page())
+            memory = run_of(extra_args["model_options"].get("transformer_options", {}))
+            report = Report(callback, noise.shape[0] // n, steps, memory, watching_page())
             for number, start in enumerate(range(0, noise.shape[0], n)):
                 frames = slice(start, start + n)
                 own = reuse.next_noise(own, noise[frames]) if number else own
@@ -282,13 +284,15 @@ class Report:
     callback: Callable | None
     clips: int
     steps: int
+    memory: MemoryRun
     page: Page | None = None
     number: int = 0
     last: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tell(self, step: int, denoised: Tensor, x: Tensor, total: int) -> None:
         if self.page is not None:
-            self.page.say(f"clip {self.number + 1}/{self.clips}, step {step + 1}/{self.steps}")
+            line = f"clip {self.number + 1}/{self.clips}, step {step + 1}/{self.steps}"
+            self.page.say(line + self.memory.words)
         if step == self.steps - 1:
             self.last.append((denoised, x))
             if self.number == self.clips - 1:  # nodes with an output for it keep what they heard last

@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from demo_clips import provide_clips  # noqa: E402
 from front_end import FrontEnd  # noqa: E402
 from host_server import HostServer  # noqa: E402
 from picture_workflows import save_small  # noqa: E402
@@ -32,6 +33,7 @@ SIZES = {
     "SaveVideo": (380, 490),
     "LatentMotionSaveVideo": (380, 490),
     "LatentMotionPromptTravel": (380, 230),
+    "LatentMotionLoadVideo": (340, 660),
     "PreviewAny": (380, 220),
 }
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
@@ -120,6 +122,15 @@ LAYOUTS = {
         "models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny ControlNet "
         "for it.",
         ("First clip and its edges", "Second clip, along those edges"),
+    ),
+    "video_to_video": Layout(
+        (((NOTE,), (6,), (7,), (8, 9)), ((1, 2, 10), (4, 5), (3, 11), (12,), (13,), (14,))),
+        "**Video to video**\n\nA video is encoded, made noisy and sampled again with motion: *denoise* says how much "
+        "of it may change. The edges of its frames keep things in place. Here the demo's clip of a red circle is to "
+        "become a green one; upload your own with the button on *Load Video*.\n\nIt needs a ControlNet for the demo "
+        "models: models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny "
+        "ControlNet for it and set width and height to the checkpoint's size.",
+        ("A video, its frames and their edges", "The same video, drawn anew"),
     ),
 }
 
@@ -261,6 +272,7 @@ def draw(front_end: FrontEnd, name: str) -> Path:
 
 def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as base:
+        provide_clips(Path(base))
         server = HostServer(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]), Path(base))
         with server, FrontEnd(server, os.environ.get("CHROMIUM", "/usr/bin/chromium")) as front_end:
             for name in names or LAYOUTS:

@@ -51,6 +51,9 @@ def widgets_of(node: dict[str, Any]) -> dict[str, Any]:
     found = {}
     for item in node.get("inputs", []):
         if "widget" in item:
+            if item["widget"]["name"] == "upload":  # a button
+                next(values)
+                continue
             found[item["widget"]["name"]] = next(values)
             if item["name"] in ("seed", "noise_seed"):
                 assert next(values) == "fixed", f"node {node['id']}: a shipped workflow must give the same clip again"
