@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,25 +20,25 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..media.clip import Clip, clip_of_images
+from ..media.clip import Clip
 from ..motion_modules.animatediff.lora import published_key, read_motion_lora
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ModelMismatchError, TrainingError
 from ..motion_modules.files import read_weights
 from ..training.attention import attention, over_frames
 from ..training.checkpoint import read_recipe, save_weights
-from ..training.clips import EMPTY, Clips, cut, stratified
+from ..training.clips import EMPTY, Clips, stratified
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe, Stopped, fit
 from ..training.lora import LowRankSet
+from .dataset import as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, patch_motion_lora
 from .progress import TrainingProgress
 from .schedule import set_schedule
 from .training_layers import heavy_layers, layers_of
 from .unet import CALLS, check_fit, host_affine, inflated, joint_norms
-from .video import clip_of
 
 ENCODED_AT_ONCE = 8
 LOSS_SCALE = 4096.0  # the gradient of a mean over a whole clip is below what float16 can hold
@@ -72,7 +72,7 @@ class LoraTraining:
 def train_motion_lora(
     model: ModelPatcher, module: MotionModule, clip: Any, vae: Any, clips: Any, captions: str, how: LoraTraining
 ) -> MotionModule:
-    """Train a MotionLoRA on the pictures of an IMAGE or VIDEO, write it, and return the motion module with it.
+    """Train a MotionLoRA on an IMAGE, VIDEO or dataset, write it, and return the motion module with it.
 
     Neither MODEL nor motion module is changed or copied. On Cancel the state stays on the disk.
     Raises TrainingError, ModelMismatchError and ClipError with a sentence for the user.
@@ -84,13 +84,12 @@ def train_motion_lora(
     if how.frames > module.spec.positions:
         raise TrainingError(f"{module.name} knows {module.spec.positions} frame positions, and frames is {how.frames}. "
                             f"Set frames to at most {module.spec.positions}.")  # fmt: skip
-    film = clip_of_images(clips, Fraction(1)) if isinstance(clips, Tensor) else clip_of(clips)
-    pieces, texts = cut(encode_pictures(model, vae, film), how.clip_length, captions)
-    cuts = Clips(pieces, texts, how.frames, how.stride)
+    dataset = dataset_of(clips, captions, how.clip_length)
+    cuts = as_latents(dataset, how.frames, how.stride, partial(encode_pictures, model, vae))
     model = model.clone()
     if module.spec.variant.schedule is not None:
         set_schedule(model, module.spec.variant.schedule)
-    contexts = encode_texts(clip, [*dict.fromkeys(texts), EMPTY])
+    contexts = encode_texts(clip, [*dict.fromkeys(cuts.captions), EMPTY])
     _fit_lora(model, module, cuts, contexts, how)
     return patch_motion_lora(module, read_motion_lora(read_weights(how.path), how.path.name), 1.0)
 

@@ -5,4 +5,5 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 MotionModuleSocket = io.Custom("MOTION_MODULE")
+VideoDatasetSocket = io.Custom("VIDEO_DATASET")
 CATEGORY = "latent motion"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import motion, options, paths, train
-from .sockets import CATEGORY, MotionModuleSocket
+from .sockets import CATEGORY, MotionModuleSocket, VideoDatasetSocket
 
 
 class TrainMotionLora(io.ComfyNode):
@@ -26,14 +26,16 @@ class TrainMotionLora(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE that belongs to the model. Each picture is encoded once."),
                 io.MultiType.Input(
                     "clips",
-                    types=[io.Image, io.Video],
-                    tooltip="The reference clips: images one after another, or a video, in the size to train at.",
+                    types=[io.Image, io.Video, VideoDatasetSocket],
+                    tooltip="The reference clips, in the size to train at: a dataset, images one after another, or a "
+                    "video.",
                 ),
                 io.String.Input(
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="What the clips show, without the motion to be learned: one line for all, or one for each.",
+                    tooltip="What images or a video show, without the motion to be learned: one line for all clips, or "
+                    "one for each. A dataset brings its own.",
                 ),
                 *_file_inputs(),
                 *_recipe_inputs(),

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from latentmotion.motion_modules.animatediff.lora import published_key, read_motion_lora
-from latentmotion.motion_modules.errors import TrainingError
 from latentmotion.training.attention import over_frames
-from latentmotion.training.clips import EMPTY, Clips, cut, stratified
+from latentmotion.training.clips import EMPTY, Clips, stratified
 from latentmotion.training.estimate import Layer, run_bytes
 from latentmotion.training.plot import MEAN, means, plot
 from PIL import ImageColor
@@ -45,16 +44,6 @@ def test_a_digest_tells_clips_apart():
     others = [numbered(4, frames=2), numbered(5, frames=3), numbered(4, frames=3, drop=0.2)]
     changed = Clips((plain.latents[0] + 1e-3,), plain.captions, frames=3)
     assert len({clips.digest() for clips in (plain, changed, *others)}) == 5
-
-
-@pytest.mark.parametrize(("length", "text", "sentence"), [
-    (4, "one", "no whole number of clips"),
-    (3, "  \n ", "no caption"),
-    (2, "one\ntwo", "3 clips and 2 captions"),
-])  # fmt: skip
-def test_what_cannot_be_cut_is_said(length: int, text: str, sentence: str):
-    with pytest.raises(TrainingError, match=sentence):
-        cut(torch.zeros(6, 4, 1, 1), length, text)
 
 
 def test_levels_cover_the_schedule_evenly():

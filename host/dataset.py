@@ -1,0 +1,102 @@
+"""Data sets of the graph: made from folders and clips, and turned into latents piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from torch import Tensor
+
+from ..media.clip import Clip, clip_of_images
+from ..media.geometry import Fit, Frame
+from ..media.timing import Selection
+from ..motion_modules.errors import TrainingError
+from ..training.clips import Clips
+from ..training.dataset import Dataset, film_of_parts, join
+from ..training.folder import Reading, media_files, read_folder
+from .video import clip_of
+
+FROM_GRAPH = "The clip"
+
+
+def locate_folder(folder: str) -> Path:
+    """A folder by its path, or by its name in the host's input folder. Raises TrainingError for no name."""
+    if not folder.strip():
+        raise TrainingError("No folder is named. Write the folder your videos are in: its path, or its name in "
+                            f"{folder_paths.get_input_directory()}.")  # fmt: skip
+    return Path(folder_paths.get_input_directory()) / Path(folder.strip()).expanduser()
+
+
+def known_folder(folder: str | None) -> bool | str:
+    """True, or the sentence for a folder without videos; None (linked) is not known yet."""
+    try:
+        return folder is None or bool(media_files(locate_folder(folder)))
+    except TrainingError as error:
+        return str(error)
+
+
+def state_of_folder(folder: str) -> list[tuple[str, float, int]]:
+    """What changes when a video, a caption or a table of the folder does."""
+    root = locate_folder(folder)
+    captions = [*root.glob("*.csv"), *root.rglob("*.txt")]
+    found = [(path.relative_to(root).as_posix(), path.stat()) for path in [*media_files(root), *captions]]
+    return sorted((name, state.st_mtime, state.st_size) for name, state in found)
+
+
+def load_dataset(folder: str, *, caption: str, frame_rate: float, width: int, height: int, fit: str,
+                 split_shots: bool, shot_threshold: float, frame_cap: int) -> Dataset:  # fmt: skip
+    """Translate the widgets of Load Video Dataset. Raises TrainingError, VideoError and ValueError."""
+    selection = Selection(Fraction(frame_rate).limit_denominator(1001), cap=frame_cap)
+    how = Reading(selection, Frame(height, width, Fit(fit)), caption, split_shots, shot_threshold)
+    root = locate_folder(folder)
+    bar = comfy.utils.ProgressBar(len(media_files(root)))
+
+    def on_file(number: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(number, total)
+
+    stop = comfy.model_management.throw_exception_if_processing_interrupted
+    return read_folder(root, how, on_file, lambda frame: stop())
+
+
+def dataset_of(clips: Any, captions: str = "", clip_length: int = 0) -> Dataset:
+    """What a node gets as clips: a data set as it is, an IMAGE or a VIDEO with its captions as one of one film.
+
+    Raises TrainingError where captions are missing, or given twice.
+    """
+    if isinstance(clips, Dataset):
+        if captions.strip():
+            raise TrainingError("The dataset brings its captions, and captions on this node is not empty. Empty it.")
+        return clips
+    film = clip_of_images(clips, Fraction(1)) if isinstance(clips, Tensor) else clip_of(clips)
+    return Dataset((film_of_parts(FROM_GRAPH, film, clip_length, captions),))
+
+
+def collect(clips: Any, captions: str, clip_length: int, dataset: Dataset | None = None) -> Dataset:
+    """Clips of the graph behind those of a data set."""
+    made = dataset_of(clips, captions, clip_length)
+    return join(dataset, made) if dataset else made
+
+
+def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Clip], Tensor]) -> Clips:
+    """Every film that is long enough, encoded once; of its pictures a chunk is in memory at a time.
+
+    Raises TrainingError before anything is encoded, and VideoError where a file turns out to be damaged.
+    """
+    latents, captions = [], []
+    taken = dataset.usable(frames, stride)
+    films = [film for film in dataset.films if any(piece.film is film for piece in taken)]
+    bar = comfy.utils.ProgressBar(len(films))
+    for film in films:
+        whole = encode(film.clip)
+        for piece in taken:
+            if piece.film is film:
+                latents.append(whole[piece.start : piece.start + piece.frames])
+                captions.append(piece.caption)
+        bar.update(1)
+    return Clips(tuple(latents), tuple(captions), frames, stride)
