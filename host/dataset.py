@@ -16,12 +16,16 @@ from ..media.clip import Clip, clip_of_images
 from ..media.geometry import Fit, Frame
 from ..media.timing import Selection
 from ..motion_modules.errors import TrainingError
+from ..training.camera import CameraWork, Move, camera_clips, end_to_end
 from ..training.clips import Clips
 from ..training.dataset import Dataset, film_of_parts, join
 from ..training.folder import Reading, media_files, read_folder
-from .video import clip_of
+from .video import StreamedVideo, clip_of
 
 FROM_GRAPH = "The clip"
+MOVES = [move.value for move in Move]
+STILLS, MOVING = "stills", "clips"
+SOURCES = [STILLS, MOVING]
 
 
 def locate_folder(folder: str) -> Path:
@@ -100,3 +104,19 @@ def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Cli
                 captions.append(piece.caption)
         bar.update(1)
     return Clips(tuple(latents), tuple(captions), frames, stride)
+
+
+def film_camera(clips: Any, captions: str, *, motion: str, source: str, frames: int, amount: float, clips_each: int,
+                width: int, height: int, seed: int) -> tuple[Dataset, StreamedVideo]:  # fmt: skip
+    """Translate the widgets of Camera Motion Clips; the clips as a data set and, end to end, as a VIDEO.
+
+    Every picture of an IMAGE is a still of its own. Raises TrainingError and ValueError.
+    """
+    for name, choice, known in (("motion", motion, MOVES), ("source", source, SOURCES)):
+        if choice not in known:
+            raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
+    stills = source == STILLS
+    work = CameraWork(Move(motion), frames, amount, stills, clips_each, height, width, seed)
+    apart = 1 if stills and isinstance(clips, Tensor) else 0
+    made = camera_clips(dataset_of(clips, captions, apart), work)
+    return made, StreamedVideo(end_to_end(made))

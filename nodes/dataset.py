@@ -125,14 +125,15 @@ class CollectClips(io.ComfyNode):
             inputs=[
                 io.MultiType.Input(
                     "clips",
-                    types=[io.Image, io.Video],
-                    tooltip="Images one after another, or a video, in the size to train at.",
+                    types=[io.Image, io.Video, VideoDatasetSocket],
+                    tooltip="Images one after another, a video or another dataset, in the size to train at.",
                 ),
                 io.String.Input(
                     "captions",
                     default="",
                     multiline=True,
-                    tooltip="What the clips show: one line for all, or one for each.",
+                    tooltip="What images or a video show: one line for all clips, or one for each. A dataset brings "
+                    "its own.",
                 ),
                 io.Int.Input(
                     "clip_length",
@@ -151,4 +152,78 @@ class CollectClips(io.ComfyNode):
         return io.NodeOutput(data.collect(clips, captions, clip_length, dataset))
 
 
-NODES: list[type[io.ComfyNode]] = [LoadVideoDataset, CollectClips]
+class CameraMotionClips(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionCameraMotionClips",
+            display_name="Camera Motion Clips",
+            category=f"{CATEGORY}/training",
+            description="Makes reference clips for a MotionLoRA: a camera zooms, pans, tilts or rolls over stills or "
+            "over clips, or moves at random, which makes videos of pictures.",
+            inputs=[
+                io.MultiType.Input(
+                    "clips",
+                    types=[io.Image, io.Video, VideoDatasetSocket],
+                    tooltip="What the camera looks at: images, a video or a dataset.",
+                ),
+                io.String.Input(
+                    "captions",
+                    default="",
+                    multiline=True,
+                    tooltip="What images or a video show, without the motion: one line for all, or one for each image. "
+                    "A dataset brings its own.",
+                ),
+                *_camera_inputs(),
+            ],
+            outputs=[
+                VideoDatasetSocket.Output(display_name="dataset", tooltip=DATASET_TIP),
+                io.Video.Output(display_name="video", tooltip="The clips one after another, to look at."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clips: object, captions: str, **settings: object) -> io.NodeOutput:
+        return io.NodeOutput(*data.film_camera(clips, captions, **settings))
+
+
+def _camera_inputs() -> list[io.Input]:
+    return [
+        io.Combo.Input(
+            "motion",
+            options=data.MOVES,
+            default=data.MOVES[0],
+            tooltip="What the camera does: in a pan to the left the picture slides to the right. random: from one "
+            "part of the picture to another, another way in each clip.",
+        ),
+        io.Combo.Input(
+            "source",
+            options=data.SOURCES,
+            default=data.SOURCES[0],
+            tooltip="stills: one picture is held while the camera moves. clips: what is filmed goes on meanwhile.",
+        ),
+        io.Int.Input("frames", default=16, min=2, max=1024, tooltip="Frames of each clip."),
+        io.Float.Input(
+            "amount",
+            default=0.4,
+            min=0.01,
+            max=0.9,
+            step=0.01,
+            tooltip="How far: the share of the picture a zoom leaves out in the end or a pan slides by; for a roll, "
+            "the share of a quarter turn.",
+        ),
+        io.Int.Input("clips_each", default=1, min=1, max=1000, tooltip="Clips to make of every picture or clip."),
+        io.Int.Input("width", default=0, min=0, max=4096, tooltip="Width in pixels. 0 follows height or the source."),
+        io.Int.Input("height", default=0, min=0, max=4096, tooltip="Height in pixels. 0 follows width or the source."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFF,
+            control_after_generate=False,
+            tooltip="Chooses pictures of a video and places in a picture.",
+        ),
+    ]
+
+
+NODES: list[type[io.ComfyNode]] = [LoadVideoDataset, CollectClips, CameraMotionClips]

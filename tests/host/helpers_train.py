@@ -1,20 +1,12 @@
-"""What the tests of training share: stand-ins for a CLIP, a VAE and a person who watches, and a folder for models.
-
-The fixtures come with `pytest_plugins = ["helpers_train"]`.
-"""
+"""What the tests of training share: stand-ins for a CLIP, a VAE and a person who watches."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
-import tiny_host
 import torch
-from comfy.model_patcher import ModelPatcher
-from helpers_motion import SMALL, SMALL_WIDTHS, motion_module
-from latentmotion.host import paths
+from helpers_motion import SMALL_WIDTHS, motion_module
 from latentmotion.host.motion import MotionModule
 from torch import Tensor, nn
 
@@ -24,17 +16,6 @@ WIDGETS = {
     "clip_length": 0, "batch_size": 2, "accumulate": 1, "seed": 3, "gradient_checkpointing": True, "save_every": 100,
     "existing": "go on",
 }  # fmt: skip
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(paths.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
-    monkeypatch.setattr(paths.folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
-    return tmp_path
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return tiny_host.sd15(**SMALL)
 
 
 def small_module(**layout: Any) -> MotionModule:

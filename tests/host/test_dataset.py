@@ -21,7 +21,7 @@ from latentmotion.nodes.dataset import LoadVideoDataset
 from PIL import Image
 from torch import Tensor
 
-pytest_plugins = ["helpers_train"]
+pytest_plugins = ["helpers_train_fixtures"]
 
 SIZE = 32
 LOADED = {"caption": "", "frame_rate": 0.0, "width": SIZE, "height": SIZE, "fit": "crop", "split_shots": False,
@@ -75,7 +75,8 @@ def test_clips_of_the_graph_are_put_behind_each_other(run_node):
     (both,) = run_node("LatentMotionCollectClips", clips=video, captions="three", clip_length=0, dataset=first)
     assert [(piece.start, piece.frames, piece.caption) for piece in both.pieces()] == [
         (0, 4, "one"), (4, 4, "two"), (0, 3, "three")]  # fmt: skip
-    assert len(first.pieces()) == 2
+    (joined,) = run_node("LatentMotionCollectClips", clips=first, captions="", clip_length=0, dataset=both)
+    assert len(first.pieces()) == 2 and len(joined.pieces()) == 5
 
 
 def test_a_film_is_encoded_once_and_never_held(monkeypatch):
@@ -133,3 +134,31 @@ def test_cancel_is_answered_while_shots_are_looked_for(videos, run_node: Callabl
     comfy.model_management.interrupt_current_processing()
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         run_node("LatentMotionLoadVideoDataset", folder="videos", **LOADED | {"split_shots": True})
+
+
+CAMERA = {"motion": "pan left", "source": "stills", "frames": 5, "amount": 0.4, "clips_each": 2, "width": 16,
+          "height": 16, "seed": 0}  # fmt: skip
+
+
+def test_a_camera_films_every_image_and_training_takes_the_clips(model, folder, run_node):
+    dataset, video = run_node("LatentMotionCameraMotionClips", clips=pictures(3), captions="a\nb\nc", **CAMERA)
+    assert [piece.caption for piece in dataset.pieces()] == ["a", "a", "b", "b", "c", "c"]
+    assert (video.get_frame_count(), video.get_dimensions()) == (30, (16, 16))
+    assert video.get_components().images.shape == (30, 16, 16, 3)
+    how = options.lora_training(**WIDGETS | {"steps": 1, "frames": 5, "file_name": "pan"})
+    train.train_motion_lora(model, small_module(), Text(), Pictures(), dataset, "", how)
+    assert (folder / "pan.safetensors").is_file()
+
+
+def test_a_camera_over_a_video_takes_its_pictures_or_follows_it(run_node):
+    video = StreamedVideo(clip_of_images(pictures(9), Fraction(8)))
+    for source, still in (("stills", True), ("clips", False)):
+        settings = CAMERA | {"motion": "zoom in", "source": source}
+        dataset, _ = run_node("LatentMotionCameraMotionClips", clips=video, captions="x", **settings)
+        shades = next(dataset.films[0].clip.chunks()).mean((1, 2, 3))
+        assert len(dataset.films) == 2 and (bool((shades.diff().abs() < 1e-4).all()) is still)
+
+
+def test_a_camera_names_choices_it_does_not_know():
+    with pytest.raises(ValueError, match="motion is 'fly', which is none of its choices: zoom in"):
+        data.film_camera(pictures(1), "x", **CAMERA | {"motion": "fly"})

@@ -19,7 +19,7 @@ from latentmotion.motion_modules.animatediff.spec import V1, V2
 from latentmotion.motion_modules.errors import LatentMotionError
 from torch import Tensor
 
-pytest_plugins = ["helpers_train"]
+pytest_plugins = ["helpers_train_fixtures"]
 
 SIZE = 32
 KEY = re.compile(
