@@ -14,9 +14,9 @@ from comfy_api.latest import io
 
 from ..host import recipe as files
 from .dataset import CameraMotionClips, LoadVideoDataset
-from .train import TrainMotionLora
+from .train import TrainDomainAdapter, TrainMotionLora, TrainMotionModule
 
-TRAININGS = {"motion lora": TrainMotionLora}
+TRAININGS = {"motion lora": TrainMotionLora, "domain adapter": TrainDomainAdapter, "motion module": TrainMotionModule}
 WIDGETS = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool, "COMBO": str}
 
 

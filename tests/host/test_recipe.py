@@ -67,6 +67,14 @@ def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch, c
     assert recipe.main([str(written(folder))]) == 0 and not state.exists()
 
 
+def test_every_stage_is_a_recipe(folder: Path) -> None:
+    small = {"file_name": "made", "steps": 1, "batch_size": 1}
+    recipe.carry_out(written(folder, training="domain adapter", camera=None, settings=small | {"rank": 2}))
+    loras = {str(folder / "models" / "loras" / "made.safetensors"): 0.5}
+    recipe.carry_out(written(folder, training="motion module", loras=loras, settings=small | {"frames": 3}))
+    assert (folder / "models" / "animatediff_models" / "made.safetensors").is_file()
+
+
 def test_toml_is_read(folder: Path) -> None:
     pytest.importorskip("tomllib")
     path = folder / "r.toml"
