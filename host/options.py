@@ -219,10 +219,11 @@ def _batches(run: dict[str, Any]) -> dict[str, int]:
     return {"batch": run.pop("batch_size"), "accumulate": run.pop("accumulate"), "seed": run.pop("seed")}
 
 
-def _running(*, gradient_checkpointing: bool, save_every: int, existing: str) -> dict[str, Any]:
+def _running(*, gradient_checkpointing: bool, save_every: int, existing: str, sample_every: int) -> dict[str, Any]:
     if existing not in EXISTING:
         raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
-    return {"recompute": gradient_checkpointing, "save_every": save_every, "go_on": existing == GO_ON}
+    return {"recompute": gradient_checkpointing, "save_every": save_every, "sample_every": sample_every,
+            "go_on": existing == GO_ON}  # fmt: skip
 
 
 def known_new_file(folder: str, name: str | None) -> bool | str:

@@ -39,6 +39,7 @@ from .dataset import as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, patch_motion_lora
 from .progress import TrainingProgress
+from .samples import Samples
 from .schedule import set_schedule
 from .training_layers import heavy_layers, layers_of
 from .unet import CALLS, MotionSlot, check_fit, host_affine, inflated, joint_norms
@@ -53,8 +54,8 @@ class Training:
     """What something is trained by.
 
     path: the file to write. frames, stride: of a training clip. clip_length: images per clip, 0 for all of them.
-    save_every, save_every_s: steps and seconds between two states on the disk. go_on: take up an interrupted run, or
-    keep a finished one.
+    save_every, save_every_s: steps and seconds between two states on the disk. sample_every: steps between two clips
+    that are drawn to look at, 0 for none. go_on: take up an interrupted run, or keep a finished one.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Training:
     recompute: bool = True
     save_every: int = 50
     save_every_s: float = 120.0
+    sample_every: int = 0
     go_on: bool = True
 
     @property
@@ -216,16 +218,22 @@ def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Tr
                     return
                 with stage.begin() as learner:
                     loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
-                    _fit(learner, loss_of, recipe, how, _loss_scale(model.model))
+                    samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
+                    _fit(learner, loss_of, recipe, how, _loss_scale(model.model), samples)
     finally:
         model.cleanup()
 
 
-def _fit(learner: Learner, loss_of: Callable, recipe: Recipe, how: Training, scale: float) -> None:
+def _fit(learner: Learner, loss_of: Callable, recipe: Recipe, how: Training, scale: float, samples: Samples) -> None:
     """The run itself; writes the file at its end, and on Cancel says where the state is."""
     losses: list[float] = []
     progress = TrainingProgress(how.path.name, recipe.steps, losses)
     stop = comfy.model_management.processing_interrupted
+
+    def on_step(step: int, total: int, loss: float) -> None:
+        if how.sample_every and step % how.sample_every == 0:
+            progress.strip = samples.strip()
+        progress(step, total, loss)
 
     def write(weights: dict[str, Tensor]) -> None:
         try:
@@ -235,7 +243,7 @@ def _fit(learner: Learner, loss_of: Callable, recipe: Recipe, how: Training, sca
                                 "training is finished, and only the file is missing.") from error  # fmt: skip
 
     try:
-        fit(learner.parameters, loss_of, recipe, how.state, progress, stop, how.save_every_s, how.save_every,
+        fit(learner.parameters, loss_of, recipe, how.state, on_step, stop, how.save_every_s, how.save_every,
             losses=losses, loss_scale=scale, finish=write)  # fmt: skip
     except (Stopped, comfy.model_management.InterruptProcessingException):  # the host's layers answer Cancel as well
         log.info("Training stopped after step %d; run the workflow again to go on. Its state: %s",

@@ -254,6 +254,14 @@ def _run_inputs(save_every: int = 50) -> list[io.Input]:
             default=options.GO_ON,
             tooltip="'go on' takes up an interrupted run and keeps a finished file; 'start over' replaces them.",
         ),
+        io.Int.Input(
+            "sample_every",
+            default=250,
+            min=0,
+            max=100000,
+            tooltip="Steps between two clips that are drawn, in approximate colours, to look at below the losses. "
+            "0: none.",
+        ),
     ]
 
 

@@ -14,7 +14,7 @@ FRAMES = 4
 WIDGETS = {
     "file_name": "learned", "rank": 4, "alpha": 8.0, "steps": 6, "learning_rate": 0.02, "frames": FRAMES, "stride": 1,
     "clip_length": 0, "batch_size": 2, "accumulate": 1, "seed": 3, "gradient_checkpointing": True, "save_every": 100,
-    "existing": "go on",
+    "existing": "go on", "sample_every": 0,
 }  # fmt: skip
 
 

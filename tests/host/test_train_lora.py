@@ -34,9 +34,10 @@ def clip_of_a_moving_edge() -> Tensor:
     return (columns < edge).float().expand(FRAMES, SIZE, SIZE, 3)
 
 
-def learn(model: ModelPatcher, module: MotionModule, monkeypatch: Any, at: Any = None, **widgets: Any) -> tuple:
+def learn(model: ModelPatcher, module: MotionModule, monkeypatch: Any, at: Any = None,
+          recorder: Recorder | None = None, **widgets: Any) -> tuple:  # fmt: skip
     """(motion module with the new LoRA, losses), as the node does it."""
-    recorder, how = Recorder(at), options.lora_training(**WIDGETS | widgets)
+    recorder, how = recorder or Recorder(at), options.lora_training(**WIDGETS | widgets)
     monkeypatch.setattr(train, "TrainingProgress", recorder)
     try:
         made = train.train_motion_lora(model, module, Text(), Pictures(), clip_of_a_moving_edge(), "an edge", how)
@@ -148,6 +149,25 @@ def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch)
     module = small_module()
     with pytest.raises(LatentMotionError, match="from before Apply Motion Module"):
         learn(inflate(model, module), module, monkeypatch)
+
+
+def test_clips_are_drawn_on_the_way_and_change_nothing(model, folder, monkeypatch):
+    shown: list[Any] = []
+
+    class Watcher(Recorder):
+        def __call__(self, *args: Any) -> Any:
+            shown.append(super().__call__(*args))
+            return shown[-1]
+
+    module = small_module()
+    _, plain = learn(model, module, monkeypatch, file_name="plain")
+    _, watched = learn(model, module, monkeypatch, recorder=Watcher(), file_name="watched", sample_every=3)
+    assert watched == plain
+    assert shown[0].strip.size == (480, 120)
+    low, high = shown[0].strip.convert("L").getextrema()
+    assert high > low
+    left, right = (tensors_of(folder / f"{name}.safetensors") for name in ("plain", "watched"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_captions_are_read_once():

@@ -23,7 +23,7 @@ pytest_plugins = ["helpers_train_fixtures"]
 
 SIZE = 32
 RUN = {"file_name": "learned", "steps": 4, "learning_rate": 0.01, "batch_size": 2, "accumulate": 1, "seed": 3,
-       "gradient_checkpointing": True, "save_every": 100, "existing": "go on"}  # fmt: skip
+       "gradient_checkpointing": True, "save_every": 100, "existing": "go on", "sample_every": 0}  # fmt: skip
 ADAPTER = RUN | {"rank": 4}
 MODULE = RUN | {"layout": "AnimateDiff v3", "frames": FRAMES, "stride": 1, "clip_length": 0}
 
@@ -66,7 +66,7 @@ def test_an_adapter_is_a_lora_of_the_published_layout(model, folder: Path, monke
 
 
 def test_pictures_may_have_a_caption_each(model, folder, monkeypatch) -> None:
-    adapt(model, monkeypatch, captions="one\ntwo\nthree\nfour", steps=1)
+    adapt(model, monkeypatch, captions="one\ntwo\nthree\nfour", steps=1, sample_every=1)
     with pytest.raises(LatentMotionError, match="There are 4 clips and 2 captions"):
         adapt(model, monkeypatch, captions="one\ntwo", steps=1)
 
