@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import folder_paths
+import torch
 from torch import Tensor
 
 from ..media.clip import Clip, clip_of_images
@@ -17,8 +21,9 @@ from ..media.geometry import Fit, Frame
 from ..media.timing import Selection
 from ..motion_modules.errors import TrainingError
 from ..training.camera import CameraWork, Move, camera_clips, end_to_end
+from ..training.checkpoint import load_weights, save_weights
 from ..training.clips import Clips
-from ..training.dataset import Dataset, film_of_parts, join
+from ..training.dataset import Dataset, Film, film_of_parts, join
 from ..training.folder import Reading, media_files, read_folder
 from .video import StreamedVideo, clip_of
 
@@ -26,6 +31,7 @@ FROM_GRAPH = "The clip"
 MOVES = [move.value for move in Move]
 STILLS, MOVING = "stills", "clips"
 SOURCES = [STILLS, MOVING]
+log = logging.getLogger(__name__)
 
 
 def locate_folder(folder: str) -> Path:
@@ -87,7 +93,34 @@ def collect(clips: Any, captions: str, clip_length: int, dataset: Dataset | None
     return join(dataset, made) if dataset else made
 
 
-def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Clip], Tensor]) -> Clips:
+@dataclass(frozen=True)
+class Shelf:
+    """Latents of films of a folder, kept on the disk until a training is finished, so that one that goes on need not
+    encode them again. stamp: of what encodes."""
+
+    folder: Path
+    stamp: str
+
+    def latents(self, film: Film, encode: Callable[[Clip], Tensor]) -> Tensor:
+        """From the disk where the film is the same, else encoded. Shapes: -> (frames, c, h, w), float32."""
+        if not film.mark:
+            return encode(film.clip)
+        name = hashlib.sha256(repr((film.name, film.mark, self.stamp)).encode()).hexdigest()[:24]
+        path = self.folder / f"{name}.safetensors"
+        if path.is_file():
+            with torch.inference_mode(False):
+                return load_weights(path)["latents"]
+        made = encode(film.clip)
+        try:
+            save_weights(path, {"latents": made}, {}, torch.float32)
+        except OSError as error:
+            log.warning("The latents of %s cannot be kept (%s); a run that goes on will encode them again.",
+                        film.name, error)  # fmt: skip
+        return made
+
+
+def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Clip], Tensor],
+               shelf: Shelf | None = None) -> Clips:  # fmt: skip
     """Every film that is long enough, encoded once; of its pictures a chunk is in memory at a time.
 
     Raises TrainingError before anything is encoded, and VideoError where a file turns out to be damaged.
@@ -97,7 +130,7 @@ def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Cli
     films = [film for film in dataset.films if any(piece.film is film for piece in taken)]
     bar = comfy.utils.ProgressBar(len(films))
     for film in films:
-        whole = encode(film.clip)
+        whole = shelf.latents(film, encode) if shelf else encode(film.clip)
         for piece in taken:
             if piece.film is film:
                 latents.append(whole[piece.start : piece.start + piece.frames])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
@@ -35,7 +36,7 @@ from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe, Stopped, fit
 from ..training.lora import LowRankSet
-from .dataset import as_latents, dataset_of
+from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, patch_motion_lora
 from .progress import TrainingProgress
@@ -72,6 +73,10 @@ class Training:
     @property
     def state(self) -> Path:
         return self.path.with_name(self.path.name + ".training")
+
+    @property
+    def latents(self) -> Path:
+        return self.path.with_name(self.path.name + ".latents")
 
     def settings(self) -> dict[str, Any]:
         """What the result depends on besides the recipe, the clips and the models."""
@@ -179,7 +184,9 @@ def published_pairs(changes: LowRankSet, scale: float, weights: dict[str, Tensor
 
 def prepare(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: Training) -> tuple[Clips, dict[str, list]]:
     """The clips as latents, and the captions (and the empty one) as CONDITIONING; every one of them once."""
-    cuts = as_latents(dataset, how.frames, how.stride, partial(encode_pictures, model, vae))
+    network = getattr(vae, "first_stage_model", None)
+    shelf = Shelf(how.latents, fingerprint(network) if network else "")
+    cuts = as_latents(dataset, how.frames, how.stride, partial(encode_pictures, model, vae), shelf)
     return cuts, encode_texts(clip, [*dict.fromkeys(cuts.captions), EMPTY])
 
 
@@ -214,14 +221,14 @@ def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Tr
             conditions, networks = Conditions(model, contexts, clips), [patcher.model for patcher in patchers]
             with frozen(*networks):
                 recipe = _signed(how, clips, *networks)
-                if _is_finished(how, recipe):
-                    return
-                with stage.begin() as learner:
-                    loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
-                    samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
-                    _fit(learner, loss_of, recipe, how, _loss_scale(model.model), samples)
+                if not _is_finished(how, recipe):
+                    with stage.begin() as learner:
+                        loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
+                        samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
+                        _fit(learner, loss_of, recipe, how, _loss_scale(model.model), samples)
     finally:
         model.cleanup()
+    shutil.rmtree(how.latents, ignore_errors=True)
 
 
 def _fit(learner: Learner, loss_of: Callable, recipe: Recipe, how: Training, scale: float, samples: Samples) -> None:

@@ -31,7 +31,8 @@ class Film:
     """A video and what it shows.
 
     shots: frames of each of its parts, in order; together they are those of the clip. captions: one for each part.
-    found: the parts were looked for, so that those too short to learn from may be left out.
+    found: the parts were looked for, so that those too short to learn from may be left out. mark: another text for
+    other pictures, "" where that is not known.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Film:
     shots: tuple[int, ...]
     captions: tuple[str, ...]
     found: bool = False
+    mark: str = ""
 
     def pieces(self) -> list[Piece]:
         starts = [sum(self.shots[:i]) for i in range(len(self.shots))]

@@ -69,8 +69,10 @@ def read_folder(folder: Path, how: Reading, on_file: Callable[[int, int], None] 
 def _film(path: Path, name: str, text: str, how: Reading, on_frame: Callable[[int], None] | None) -> Film:
     still = path.suffix.lower() in PICTURES
     clip = read_still(path, name, how.frame) if still else read_clip(path, name, how.selection, how.frame)
+    state = path.stat()
+    mark = repr((state.st_mtime_ns, state.st_size, how.selection, how.frame))
     if still or not how.split:
-        return Film(name, clip, (clip.frames,), (" ".join(text.split()),))
+        return Film(name, clip, (clip.frames,), (" ".join(text.split()),), mark=mark)
     parts = shots(clip, how.threshold, on_frame=on_frame)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) not in (1, len(parts)):
@@ -78,7 +80,7 @@ def _film(path: Path, name: str, text: str, how: Reading, on_frame: Callable[[in
             f"{name} has {len(parts)} shot{'s' * (len(parts) != 1)} and {len(lines)} captions. Write one line for each "
             f"shot, or one for all. The shots begin at frame {some([str(sum(parts[:i])) for i in range(len(parts))])}."
         )
-    return Film(name, clip, parts, tuple(lines * len(parts) if len(lines) == 1 else lines), found=True)
+    return Film(name, clip, parts, tuple(lines * len(parts) if len(lines) == 1 else lines), found=True, mark=mark)
 
 
 def captions_of(folder: Path, files: list[Path], otherwise: str = "") -> dict[Path, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,8 @@ def learned(pack_nodes: dict, core_nodes: dict, monkeypatch: pytest.MonkeyPatch)
     spec = motion_spec(SMALL_WIDTHS, 1)
     safetensors.torch.save_file(published(spec, motion_weights(spec)), module)
     yield folder / f"{NAME}.safetensors"
-    for path in (*folder.glob(f"{NAME}*"), module):
-        path.unlink()
+    for path in (*folder.glob(f"{NAME}.safetensors*"), module):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @pytest.fixture
@@ -134,13 +135,19 @@ def test_cancel_in_a_graph_is_gone_on_from(
         if step == 1:
             comfy.model_management.interrupt_current_processing()
 
+    encoded: list[str] = []
+    encode = train.encode_pictures
+    monkeypatch.setattr(train, "encode_pictures", lambda *parts: encoded.append("a film") or encode(*parts))
     with monkeypatch.context() as patch:
         patch.setattr(train, "TrainingProgress", Recorder(cancel))
-        result = run_graph(graph(["video", 0], "a bar"))
+        result = run_graph(graph(["folder", 0]))
     assert "execution_interrupted" in [event for event, _ in result["messages"]]
     assert Path(f"{learned}.training").is_file() and not learned.exists()
-    result = run_graph(graph(["video", 0], "a bar"))
+    assert len(list(Path(f"{learned}.latents").iterdir())) == 1
+    result = run_graph(graph(["folder", 0]))
     assert result["success"] and learned.is_file() and "image" not in ran(result)
+    assert len(encoded) == 1, "the latents of a file are kept until the training is finished"
+    assert not Path(f"{learned}.latents").exists()
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
