@@ -19,6 +19,7 @@ from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
 from .train import LoraTraining
+from .train_stages import ModuleTraining
 from .tune import Tuning
 from .vae import EXACT, STREAMING, DecodeSettings
 
@@ -37,6 +38,9 @@ DECODE_MODES = [EXACT, STREAMING]
 REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
+V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
+LAYOUTS = [V3_LAYOUT, V2_LAYOUT]
+MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
 
 
 def known_file(folder: str, name: str | None, kind: str = "") -> bool | str:
@@ -168,30 +172,62 @@ def lora_training(
     frames: int,
     stride: int,
     clip_length: int,
-    batch_size: int,
-    accumulate: int,
-    seed: int,
-    gradient_checkpointing: bool,
-    save_every: int,
-    existing: str,
+    **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
+    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, **_batches(run))
+    path = paths.new_file(paths.MOTION_LORAS, file_name)
+    clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
+    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
+
+
+def adapter_training(*, file_name: str, rank: int, steps: int, learning_rate: float, **run: Any) -> LoraTraining:
+    """Translate the widgets of Train Domain Adapter. Raises ValueError for values that cannot be used."""
+    recipe = _lora_recipe("domain adapter", steps, learning_rate, **_batches(run))
+    path = paths.new_file("loras", file_name)
+    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=rank, **_running(**run))
+
+
+def module_training(
+    *,
+    file_name: str,
+    layout: str,
+    steps: int,
+    learning_rate: float,
+    frames: int,
+    stride: int,
+    clip_length: int,
+    **run: Any,
+) -> ModuleTraining:
+    """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
+
+    Raises ValueError for values that cannot be used.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is '{layout}', which is none of its choices: {', '.join(LAYOUTS)}.")
+    recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
+                    beta2=0.999, **_batches(run))  # fmt: skip
+    path = paths.new_file(paths.MOTION_MODULES, file_name)
+    clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
+    how = _running(**run) | {"save_every_s": MODULE_STATE_S}
+    return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, **clips, **how)
+
+
+def _lora_recipe(name: str, steps: int, learning_rate: float, **batches: int) -> Recipe:
+    return Recipe(name, steps, learning_rate=learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
+                  average=0.98, **batches)  # fmt: skip
+
+
+def _batches(run: dict[str, Any]) -> dict[str, int]:
+    """The widgets of a run that its recipe holds."""
+    return {"batch": run.pop("batch_size"), "accumulate": run.pop("accumulate"), "seed": run.pop("seed")}
+
+
+def _running(*, gradient_checkpointing: bool, save_every: int, existing: str, sample_every: int) -> dict[str, Any]:
     if existing not in EXISTING:
         raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
-    recipe = Recipe("MotionLoRA", steps, batch_size, learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
-                    average=0.98, seed=seed, accumulate=accumulate)  # fmt: skip
-    return LoraTraining(
-        path=paths.new_file(paths.MOTION_LORAS, file_name),
-        recipe=recipe,
-        rank=rank,
-        alpha=alpha,
-        frames=frames,
-        stride=stride,
-        clip_length=clip_length,
-        recompute=gradient_checkpointing,
-        save_every=save_every,
-        go_on=existing == GO_ON,
-    )
+    return {"recompute": gradient_checkpointing, "save_every": save_every, "sample_every": sample_every,
+            "go_on": existing == GO_ON}  # fmt: skip
 
 
 def tuning(
@@ -211,7 +247,7 @@ def tuning(
     if existing not in EXISTING:
         raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
     recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
-                    second_moment=0.999)  # fmt: skip
+                    beta2=0.999)  # fmt: skip
     return Tuning(
         path=paths.new_file(paths.MOTION_MODULES, file_name),
         recipe=recipe,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -35,6 +34,7 @@ from . import attention as frames_of
 from . import inflate, tuned
 from .train import (
     Conditions,
+    Training,
     encode_pictures,
     encode_texts,
     fingerprint,
@@ -52,26 +52,11 @@ LOADERS = ("ckpt_name", "unet_name", "model_name", "model_path")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Tuning:
-    """What a MODEL is tuned by.
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Training):
+    """What a MODEL is tuned by. base_name: file of the image model, as far as the graph tells."""
 
-    path: the file to write. frames, stride: pictures of the clip, and every how many of the video's one is taken.
-    base_name: file of the image model, as far as the graph tells. save_every, go_on: as for MotionLoRAs.
-    """
-
-    path: Path
-    recipe: Recipe
-    frames: int
-    stride: int
-    recompute: bool = True
-    save_every: int = 50
-    go_on: bool = True
     base_name: str = ""
-
-    @property
-    def state(self) -> Path:
-        return self.path.with_name(self.path.name + ".training")
 
 
 def loader_name(prompt: Mapping[str, Any] | None, node: str | None) -> str:

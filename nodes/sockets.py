@@ -6,4 +6,5 @@ from comfy_api.latest import io
 
 MotionModuleSocket = io.Custom("MOTION_MODULE")
 LatentPathSocket = io.Custom("LATENT_PATH")
+VideoDatasetSocket = io.Custom("VIDEO_DATASET")
 CATEGORY = "latent motion"

@@ -69,6 +69,14 @@ LAYOUTS = {
         "**MotionLoRA**\n\nA MotionLoRA changes how the motion module moves things; this one zooms in. Try a strength "
         "below 0, the zoom_out file, or two Load MotionLoRA nodes one after the other.",
     ),
+    "train_motion_lora": Layout(
+        (((NOTE, 1, 2), (4, 5, 11), (12, 13), (15,)), ((14,), (3, 6), (7,), (8, 9), (10,))),
+        "**Train MotionLoRA**\n\nThe image model draws eight stills, *Camera Motion Clips* zooms into them, and *Train "
+        "MotionLoRA* teaches the motion module that zoom. 16 steps only show how it works: set steps to 300 for these "
+        "models, 2000 for real ones. *Cancel* keeps what was learned; run again to go on.\n\nFor pictures or videos of "
+        "your own, connect *Load Video Dataset* to *clips*.",
+        ("Reference clips", "Training, and a clip with the new MotionLoRA"),
+    ),
     "image_lora_and_motion": Layout(
         (((NOTE, 1, 2), (11,), (3, 4, 5, 6), (7,), (8, 9), (10,)),),
         "**Image LoRA and motion**\n\nLoRAs for the image model are loaded before the motion module is applied. The "
