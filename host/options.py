@@ -238,26 +238,14 @@ def tuning(
     frames: int,
     stride: int,
     seed: int,
-    gradient_checkpointing: bool,
-    save_every: int,
-    existing: str,
     base_name: str = "",
+    **run: Any,
 ) -> Tuning:
     """Translate the widgets of Tune Video Model. Raises ValueError for values that cannot be used."""
-    if existing not in EXISTING:
-        raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
     recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
                     beta2=0.999)  # fmt: skip
-    return Tuning(
-        path=paths.new_file(paths.MOTION_MODULES, file_name),
-        recipe=recipe,
-        frames=frames,
-        stride=stride,
-        recompute=gradient_checkpointing,
-        save_every=save_every,
-        go_on=existing == GO_ON,
-        base_name=base_name,
-    )
+    path = paths.new_file(paths.MOTION_MODULES, file_name)
+    return Tuning(path=path, recipe=recipe, frames=frames, stride=stride, base_name=base_name, **_running(**run))
 
 
 def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:

@@ -26,12 +26,13 @@ from ..motion_modules.files import read_metadata, read_weights
 from ..motion_modules.tune_a_video.checkpoint import QUERIES, Base, portable, read_tuned
 from ..motion_modules.tune_a_video.network import TunedModel, initial_weights, trained_shapes
 from ..training.attention import attention, over_frames
-from ..training.clips import Clips, stratified
+from ..training.clips import EMPTY, Clips, stratified
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe
 from . import attention as frames_of
 from . import inflate, tuned
+from .samples import Samples
 from .train import (
     Conditions,
     Training,
@@ -88,7 +89,7 @@ def tune_video_model(model: ModelPatcher, clip: Any, vae: Any, video: Any, promp
     film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
     latents = encode_pictures(model, vae, chosen_frames(film, how.frames, how.stride))
     clips = Clips((latents,), (prompt.strip(),), how.frames, drop=0.0)
-    _tune(model.clone(), clips, encode_texts(clip, list(clips.captions)), how)
+    _tune(model.clone(), clips, encode_texts(clip, [*clips.captions, EMPTY]), how)
     file = read_tuned(read_weights(how.path), read_metadata(how.path), how.path.name)
     return tuned.apply_tuned(model, file)
 
@@ -134,7 +135,8 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
                 with tuned_unet(model, network, clips.frames, how.recompute) as (parameters, options):
                     write = _writer(parameters, base, recipe, how)
                     loss_of = tuning_loss(model.model, clips, conditions, options)
-                    learn(parameters, loss_of, recipe, how, loss_scale(model.model), write)
+                    samples = Samples(model.model, clips, conditions, options, recipe.seed)
+                    learn(parameters, loss_of, recipe, how, loss_scale(model.model), write, samples)
     finally:
         model.cleanup()
 

@@ -40,7 +40,7 @@ class TrainMotionLora(io.ComfyNode):
                 *_step_inputs(2000, 0.0005),
                 *_clip_inputs(),
                 *_batch_inputs(1),
-                *_run_inputs(),
+                *run_inputs(),
             ],
             outputs=[
                 MotionModuleSocket.Output(
@@ -80,7 +80,7 @@ class TrainDomainAdapter(io.ComfyNode):
                 _rank_input("Size of the change to each layer: 128 as v3's adapter, less for smaller files.", 128),
                 *_step_inputs(2000, 0.0001),
                 *_batch_inputs(4, "Pictures"),
-                *_run_inputs(),
+                *run_inputs(),
             ],
             outputs=[
                 io.Model.Output(
@@ -128,7 +128,7 @@ class TrainMotionModule(io.ComfyNode):
                 *_step_inputs(20000, 0.0001),
                 *_clip_inputs(),
                 *_batch_inputs(1),
-                *_run_inputs(500),
+                *run_inputs(500),
                 MotionModuleSocket.Input(
                     "motion_module",
                     optional=True,
@@ -226,15 +226,18 @@ def _batch_inputs(size: int, what: str = "Training clips") -> list[io.Input]:
     ]
 
 
-def _run_inputs(save_every: int = 50) -> list[io.Input]:
+def run_inputs(
+    save_every: int = 50, seed: int = 0, chosen: str = "clips, noise and the first weights"
+) -> list[io.Input]:
+    """The widgets every training has. chosen: what the seed decides, in words."""
     return [
         io.Int.Input(
             "seed",
-            default=0,
+            default=seed,
             min=0,
             max=0xFFFFFFFF,
             control_after_generate=False,
-            tooltip="Chooses clips, noise and the first weights. The same seed learns the same.",
+            tooltip=f"Chooses {chosen}. The same seed learns the same.",
         ),
         io.Boolean.Input(
             "gradient_checkpointing",

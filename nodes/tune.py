@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..host import attention, options, paths, tune, tuned
 from .sockets import CATEGORY
+from .train import run_inputs
 
 
 class STAttention(io.ComfyNode):
@@ -119,7 +120,7 @@ class TuneVideoModel(io.ComfyNode):
                 ),
                 *_file_inputs(),
                 *_recipe_inputs(),
-                *_run_inputs(),
+                *run_inputs(seed=33, chosen="noise and the first weights"),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The tuned model, which samples clips.")],
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
@@ -167,37 +168,6 @@ def _recipe_inputs() -> list[io.Input]:
             min=1,
             max=64,
             tooltip="Every how many frames of the video one is taken, from the start.",
-        ),
-    ]
-
-
-def _run_inputs() -> list[io.Input]:
-    return [
-        io.Int.Input(
-            "seed",
-            default=33,
-            min=0,
-            max=0xFFFFFFFF,
-            control_after_generate=False,
-            tooltip="Chooses noise and the first weights. The same seed learns the same.",
-        ),
-        io.Boolean.Input(
-            "gradient_checkpointing",
-            default=True,
-            tooltip="Computes the layers twice to need a fraction of the memory. The result stays the same.",
-        ),
-        io.Int.Input(
-            "save_every",
-            default=50,
-            min=1,
-            max=100000,
-            tooltip="Steps between two states on the disk, from which a crashed run goes on.",
-        ),
-        io.Combo.Input(
-            "existing",
-            options=options.EXISTING,
-            default=options.GO_ON,
-            tooltip="'go on' takes up an interrupted run and keeps a finished file; 'start over' replaces them.",
         ),
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +14,12 @@ import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
-from helpers_motion import SMALL, relative_error
+from helpers_motion import relative_error
+from helpers_train import FRAMES, Pictures, Recorder, Text, traces
 from latentmotion.bench.tav import predicted_noise
-from latentmotion.host import options, paths, train, tune
+from latentmotion.host import options, train, tune
 from latentmotion.host.attention import FrameAttention, FrameBlock, apply_frame_attention
+from latentmotion.host.samples import Samples
 from latentmotion.host.tuned import TemporalBlock, names_of, original_weight, slots_of
 from latentmotion.media.clip import clip_of_images
 from latentmotion.motion_modules.errors import LatentMotionError
@@ -26,23 +27,12 @@ from latentmotion.motion_modules.files import read_metadata, read_weights
 from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
 from latentmotion.motion_modules.tune_a_video.network import trained_shapes
 from latentmotion.training.clips import Clips
-from test_train_lora import FRAMES, Pictures, Recorder, Text, clip_of_a_moving_edge, traces
+from test_train_lora import clip_of_a_moving_edge
 from torch import Tensor, nn
 
+pytest_plugins = ["helpers_train_fixtures"]
 WIDGETS = {"file_name": "edge", "steps": 6, "learning_rate": 0.01, "frames": FRAMES, "stride": 1, "seed": 33,
-           "gradient_checkpointing": True, "save_every": 100, "existing": "go on"}  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(paths.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
-    monkeypatch.setattr(paths.folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
-    return tmp_path
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return tiny_host.sd15(**SMALL)
+           "gradient_checkpointing": True, "save_every": 100, "existing": "go on", "sample_every": 0}  # fmt: skip
 
 
 def learn(model: ModelPatcher, monkeypatch: Any, at: Any = None, prompt: str = "an edge", video: Any = None,
@@ -233,6 +223,16 @@ def test_what_cannot_work_is_said(model, folder, monkeypatch):
         learn(model, monkeypatch, file_name="../outside")
     with pytest.raises(ValueError, match="none of its choices"):
         learn(model, monkeypatch, existing="maybe")
+
+
+def test_a_clip_is_drawn_on_the_way_and_changes_nothing(model, folder, monkeypatch):
+    strips, draw = [], Samples.strip
+    monkeypatch.setattr(Samples, "strip", lambda self: strips.append(draw(self)) or strips[-1])
+    _, plain = learn(model, monkeypatch, file_name="plain")
+    _, watched = learn(model, monkeypatch, file_name="watched", sample_every=3)
+    assert watched == plain
+    assert [strip.width for strip in strips] == [480, 480]
+    assert strips[0].tobytes() != strips[1].tobytes()
 
 
 def test_the_node_in_a_graph_says_which_file_it_belongs_to(model, folder, monkeypatch, pack_nodes):
