@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -318,11 +319,13 @@ def _ordinary(value: Any, device: torch.device) -> Any:
 
 
 def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, recipe: Recipe) -> Callable:
-    """Mean squared error of the noise: a clip has one noise level, its frames have noise each.
+    """Mean squared error of what the network predicts, noise or velocity: a clip has one noise level, its frames have
+    noise each.
 
-    Source: AnimateDiff's training, reference section 6; the levels of a batch are spread evenly over the schedule.
+    Source: the trainings of AnimateDiff and Tune-A-Video; the levels of a batch are spread evenly over the schedule.
     """
     sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
+    is_velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         latents, captions = clips.draw(recipe.batch, generator)
@@ -333,7 +336,8 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
         noisy = sampling.noise_scaling(spread, noise, latents)
         told = conditions(captions)
         clean = base.apply_model(noisy, sigma, **told, transformer_options={**options, "sigmas": sigma[:1]})
-        return ((clean - latents) / spread).square().mean()
+        error = (clean - latents) / spread
+        return (error * (spread**2 + 1).sqrt() if is_velocity else error).square().mean()
 
     return loss_of
 

@@ -11,7 +11,6 @@ from fractions import Fraction
 from typing import Any
 
 import comfy.model_management
-import comfy.model_sampling
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
@@ -26,7 +25,7 @@ from ..motion_modules.files import read_metadata, read_weights
 from ..motion_modules.tune_a_video.checkpoint import QUERIES, Base, portable, read_tuned
 from ..motion_modules.tune_a_video.network import TunedModel, initial_weights, trained_shapes
 from ..training.attention import attention, over_frames
-from ..training.clips import EMPTY, Clips, stratified
+from ..training.clips import EMPTY, Clips
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe
@@ -42,6 +41,7 @@ from .train import (
     is_finished,
     learn,
     loss_scale,
+    noise_loss,
     working_type,
     write_file,
 )
@@ -134,7 +134,7 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
                 network = new_network(model, recipe.seed)
                 with tuned_unet(model, network, clips.frames, how.recompute) as (parameters, options):
                     write = _writer(parameters, base, recipe, how)
-                    loss_of = tuning_loss(model.model, clips, conditions, options)
+                    loss_of = noise_loss(model.model, clips, conditions, options, recipe)
                     samples = Samples(model.model, clips, conditions, options, recipe.seed)
                     learn(parameters, loss_of, recipe, how, loss_scale(model.model), write, samples)
     finally:
@@ -203,26 +203,3 @@ def _writer(parameters: dict[str, nn.Parameter], base: Base, recipe: Recipe, how
         write_file(how.path, tensors, recipe, torch.float16, about)
 
     return write
-
-
-def tuning_loss(base: Any, clips: Clips, conditions: Conditions, options: dict) -> Callable:
-    """Mean squared error of what the network predicts, noise or velocity; one noise level for the clip.
-
-    Source: showlab/Tune-A-Video (reference sheet, section 5): every frame has noise of its own, levels are uniform.
-    """
-    sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
-    is_velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
-
-    def loss_of(number: int, generator: torch.Generator) -> Tensor:
-        latents, captions = clips.draw(1, generator)
-        level = stratified(1, len(sampling.sigmas), generator)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        sigma = sampling.sigmas.cpu()[level].repeat(clips.frames).to(device)
-        spread, latents = sigma.view(-1, 1, 1, 1), latents.to(device)
-        noisy = sampling.noise_scaling(spread, noise, latents)
-        clean = base.apply_model(noisy, sigma, **conditions(captions),
-                                 transformer_options={**options, "sigmas": sigma[:1]})  # fmt: skip
-        error = (clean - latents) / spread
-        return (error * (spread**2 + 1).sqrt() if is_velocity else error).square().mean()
-
-    return loss_of

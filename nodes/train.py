@@ -26,7 +26,7 @@ class TrainMotionLora(io.ComfyNode):
                 ),
                 *_reading_inputs(),
                 *_clips_inputs("The reference clips", "without the motion to be learned"),
-                _file_input("my_motion", "animatediff_motion_lora"),
+                file_input("my_motion", "animatediff_motion_lora"),
                 _rank_input("Size of the change to each layer: 64 as the published files, less for smaller files.", 64),
                 io.Float.Input(
                     "alpha",
@@ -76,7 +76,7 @@ class TrainDomainAdapter(io.ComfyNode):
                 io.Model.Input("model", tooltip=MODEL_TIP),
                 *_reading_inputs(),
                 *_clips_inputs("The videos or pictures", "as you will prompt for it"),
-                _file_input("my_adapter", "loras"),
+                file_input("my_adapter", "loras"),
                 _rank_input("Size of the change to each layer: 128 as v3's adapter, less for smaller files.", 128),
                 *_step_inputs(2000, 0.0001),
                 *_batch_inputs(4, "Pictures"),
@@ -117,7 +117,7 @@ class TrainMotionModule(io.ComfyNode):
                 io.Model.Input("model", tooltip=f"{MODEL_TIP} Best with its domain adapter on it."),
                 *_reading_inputs(),
                 *_clips_inputs("The videos", "with the motion"),
-                _file_input("my_motion_module", "animatediff_models"),
+                file_input("my_motion_module", "animatediff_models"),
                 io.Combo.Input(
                     "layout",
                     options=options.LAYOUTS,
@@ -177,7 +177,7 @@ def _clips_inputs(what: str, how: str) -> list[io.Input]:
     ]
 
 
-def _file_input(default: str, folder: str) -> io.Input:
+def file_input(default: str, folder: str) -> io.Input:
     return io.String.Input("file_name", default=default, tooltip=f"The file to write, in the folder models/{folder}.")
 
 

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..host import attention, options, paths, tune, tuned
 from .sockets import CATEGORY
-from .train import run_inputs
+from .train import file_input, run_inputs
 
 
 class STAttention(io.ComfyNode):
@@ -118,7 +118,7 @@ class TuneVideoModel(io.ComfyNode):
                     multiline=True,
                     tooltip="What the clip shows. Other words in its place make the edited clip later.",
                 ),
-                *_file_inputs(),
+                file_input("my_clip", "animatediff_models"),
                 *_recipe_inputs(),
                 *run_inputs(seed=33, chosen="noise and the first weights"),
             ],
@@ -138,16 +138,6 @@ class TuneVideoModel(io.ComfyNode):
         base_name = tune.loader_name(cls.hidden.prompt, cls.hidden.unique_id)
         how = options.tuning(**settings, base_name=base_name)
         return io.NodeOutput(tune.tune_video_model(model, clip, vae, video, prompt, how))
-
-
-def _file_inputs() -> list[io.Input]:
-    return [
-        io.String.Input(
-            "file_name",
-            default="my_clip",
-            tooltip="The file to write, in the folder models/animatediff_models.",
-        ),
-    ]
 
 
 def _recipe_inputs() -> list[io.Input]:

@@ -26,13 +26,15 @@ from latentmotion.motion_modules.errors import LatentMotionError
 from latentmotion.motion_modules.files import read_metadata, read_weights
 from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
 from latentmotion.motion_modules.tune_a_video.network import trained_shapes
-from latentmotion.training.clips import Clips
+from latentmotion.training.clips import Clips, stratified
+from latentmotion.training.loop import Recipe
 from test_train_lora import clip_of_a_moving_edge
 from torch import Tensor, nn
 
 pytest_plugins = ["helpers_train_fixtures"]
 WIDGETS = {"file_name": "edge", "steps": 6, "learning_rate": 0.01, "frames": FRAMES, "stride": 1, "seed": 33,
            "gradient_checkpointing": True, "save_every": 100, "existing": "go on", "sample_every": 0}  # fmt: skip
+ONE = Recipe("a clip at a time", steps=1, batch=1, learning_rate=0.0)
 
 
 def learn(model: ModelPatcher, monkeypatch: Any, at: Any = None, prompt: str = "an edge", video: Any = None,
@@ -87,17 +89,17 @@ def test_what_is_learned_is_in_the_file_and_nothing_else_changed(model, folder, 
 def test_what_is_trained_is_what_is_sampled(model, folder, monkeypatch):
     """The loss of the last step, once more from the tuned MODEL's own call with the same noise."""
     seen = {}
-    real = tune.tuning_loss
+    real = tune.noise_loss
 
     def watched(base: Any, clips: Any, *args: Any) -> Callable:
         seen["clips"], inner = clips, real(base, clips, *args)
         return inner
 
-    monkeypatch.setattr(tune, "tuning_loss", watched)
+    monkeypatch.setattr(tune, "noise_loss", watched)
     made, losses = learn(model, monkeypatch, steps=3, learning_rate=0.0)
     generator = torch.Generator().manual_seed(33 * 1_000_003 + 2)
     latents, _ = seen["clips"].draw(1, generator)
-    level = tune.stratified(1, 1000, generator)
+    level = stratified(1, 1000, generator)
     noise, sigma = torch.randn(latents.shape, generator=generator), made.model.model_sampling.sigmas[level]
     condition = Text().encode_from_tokens_scheduled("an edge")[0][0]
     comfy.model_management.load_models_gpu([made, *made.get_nested_additional_models()])
@@ -189,7 +191,7 @@ def test_the_loss_is_of_what_the_network_predicts(kind: type) -> None:
         return sampling.calculate_denoised(sigma, said["out"], x)
 
     base = SimpleNamespace(model_sampling=sampling, diffusion_model=nn.Linear(1, 1), apply_model=apply_model)
-    loss_of = tune.tuning_loss(base, Clips((latents,), ("a",), FRAMES, drop=0.0), lambda captions: {}, {})
+    loss_of = train.noise_loss(base, Clips((latents,), ("a",), FRAMES, drop=0.0), lambda captions: {}, {}, ONE)
     loss = loss_of(0, torch.Generator().manual_seed(0))
     sigma, noise = said["sigma"], (said["x"] - latents) / said["sigma"]
     target = noise if kind is comfy.model_sampling.EPS else (noise - sigma * latents) / (1 + sigma**2).sqrt()
