@@ -1,4 +1,5 @@
-"""Temporal VAE Decode on the published SVD decoder: distance to one whole-clip call of the host, time and memory."""
+"""Temporal VAE Decode on the published SVD decoder: distance to one whole-clip call of the host, time and memory; then
+what `bench video` measures: memory of decoding while saving."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..host import temporal_vae
 from ..host.vae import EXACT, STREAMING, ClipDecoder, DecodeSettings
 from ..motion_modules.temporal_vae.checkpoint import SVD_WIDTHS, Kind, TemporalVaeFile, layout
+from . import video
 from .side_by_side import device_name, in_turn, median_ratio, peak_bytes, report
 
 KEPT = 0.95  # correlation of a latent frame with the one before
@@ -82,10 +84,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--size", type=int, default=8, help="latent pixels a side; a frame has eight times as many")
     parser.add_argument("--chunk", type=int, default=DecodeSettings.chunk, help="frames worked on at once")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; 0: no timing")
+    parser.add_argument("--saved", type=int, default=32, help="pixels a side of saved clips; 0 for none")
     parser.add_argument("--json", help="write the figures to this file")
     args: Any = parser.parse_args(argv)
     print(f"{args.frames} frames of {args.size * 8} pixels in chunks of {args.chunk} on {device_name()}")
     with torch.inference_mode():
         figures = measure(args.frames, args.size, args.chunk, args.rounds)
+    if args.saved:
+        figures |= video.measure(args.saved)
     report(figures, args.json)
     return 0

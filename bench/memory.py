@@ -99,15 +99,22 @@ def long_over_window(frames: int, size: int) -> float:
     return largest_call(video, frames, size) / window
 
 
+def shapes_of(text: str) -> tuple[tuple[int, int, int], ...]:
+    """Shapes as the command line names them: frames, height and width in latent pixels."""
+    return tuple(tuple(map(int, shape.split("x"))) for shape in text.split(","))
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench memory", description=__doc__)
+    parser.add_argument("--shapes", type=shapes_of, default=SHAPES, help="of the estimate: 4x16x16,8x8x8 for instance")
     parser.add_argument("--frames", type=int, default=1000, help="frames of the long clip; 0 leaves it out")
     parser.add_argument("--size", type=int, default=64, help="latent pixels a side of the long clip")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    print(f"{len(SHAPES)} shapes, then {args.frames} frames of {args.size}x{args.size} latents, on {device_name()}")
+    size = f"{args.size}x{args.size}"
+    print(f"{len(args.shapes)} shapes, then {args.frames} frames of {size} latents, on {device_name()}")
     with torch.inference_mode():
-        figures = {"memory.estimate_error_max": max(map(abs, estimate_errors().values()))}
+        figures = {"memory.estimate_error_max": max(map(abs, estimate_errors(args.shapes).values()))}
         if args.frames:
             figures["memory.long_over_window"] = long_over_window(args.frames, args.size)
     report(figures, args.json)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..motion_modules.animatediff.spec import JointNorms
 from . import memory
 from .footprint import Footprint, Shape, footprint
+from .preview import watching_page
 from .unet import block_of
 
 
@@ -48,7 +49,9 @@ class Bounds:
         with memory.counted(model.model, need, run, device):
             found = executor(model, *args, **kwargs)
         if run.shape:
-            memory.plan(run, need, device)
+            line, page = memory.plan(run, need, device), watching_page()
+            if page is not None:
+                page.say(line)
         return found
 
     def predict(

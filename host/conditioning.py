@@ -9,28 +9,45 @@ import torch
 from comfy.controlnet import ControlBase
 from torch import Tensor
 
+HINTS = ("cond_hint_original", "extra_concat_orig")
+MOST_KEPT = 256 * 2**20  # bytes of hints
+
 
 class ControlSlices:
     """ControlNets of the host cut to windows, kept for a run so that a hint is prepared once per window.
 
-    ControlNets of other packs are left alone: they read the frames of a window from `ad_params` themselves.
+    What is kept has a limit, or a long clip's hints would be there several times over, prepared ones on the device;
+    windows beyond it are cut anew at every step. Within one window a control is always cut to the same object, for the
+    host puts prompts into one batch only if they share it. ControlNets of other packs are left alone: they read the
+    frames of a window from `ad_params` themselves.
     """
 
     def __init__(self) -> None:
-        self._cut: dict[tuple, Any] = {}
+        self.kept_bytes = 0
+        self._kept: dict[tuple, Any] = {}
+        self._window: tuple[int, ...] = ()
+        self._now: dict[tuple, Any] = {}
 
     def cut(self, control: Any, indices: list[int]) -> Any:
         """A control with only the hints of these frames; the chain behind it is cut the same way."""
         if control is None or not type(control).__module__.startswith("comfy."):
             return control
-        key = (id(control), tuple(indices))
-        if key not in self._cut:
-            self._cut[key] = (self._copy(control, indices), control)  # the original is held so its id stays its own
-        return self._cut[key][0]
+        window = tuple(indices)
+        if window != self._window:
+            self._window, self._now = window, {}
+        key = (id(control), window)
+        found = self._kept.get(key) or self._now.get(key)
+        if found is None:
+            found = (self._copy(control, indices), control)  # the original is held so its id stays its own
+            size = sum(hint.nbytes for hint in _hints(found[0]))
+            fits = self.kept_bytes + size <= MOST_KEPT
+            (self._kept if fits else self._now)[key] = found
+            self.kept_bytes += size if fits else 0
+        return found[0]
 
     def _copy(self, control: ControlBase, indices: list[int]) -> ControlBase:
         part = copy.copy(control)
-        for name in ("cond_hint_original", "extra_concat_orig"):
+        for name in HINTS:
             value = getattr(control, name, None)
             if isinstance(value, Tensor):
                 setattr(part, name, _rows(value, indices))
@@ -40,6 +57,12 @@ class ControlSlices:
         part.extra_concat = None
         part.previous_controlnet = self.cut(control.previous_controlnet, indices)
         return part
+
+
+def _hints(control: ControlBase) -> list[Tensor]:
+    values = [getattr(control, name, None) for name in HINTS]
+    flat = [tensor for value in values for tensor in (value if isinstance(value, list) else [value])]
+    return [tensor for tensor in flat if isinstance(tensor, Tensor)]
 
 
 def cut_conds(

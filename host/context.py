@@ -18,6 +18,7 @@ from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
 from ..sampling.windows import WindowPlan
 from .conditioning import ControlSlices, cut_conds
+from .memory import run_of
 from .preview import Page, show_previews, watching_page
 
 KEY = "latentmotion_context"
@@ -67,13 +68,16 @@ class ContextRun:
     told: int = 0
     controls: ControlSlices = field(default_factory=ControlSlices)
 
-    def tell(self, step: int, done: int, windows: int) -> None:
-        """Show a window of a step as progress, in numbers too; samplers that go back never move the bar back."""
+    def tell(self, step: int, done: int, windows: int, memory: str) -> None:
+        """Show a window of a step as progress, in words too; samplers that go back never move the bar back.
+
+        memory: what the line says of it at its end.
+        """
         self.told = max(self.told, step * TICKS + done * TICKS // windows)
         if self.bar is not None:
             self.bar.update_absolute(self.told)
         if self.page is not None:
-            self.page.say(f"window {done + 1}/{windows}, step {step + 1}/{self.steps}")
+            self.page.say(f"window {done + 1}/{windows}, step {step + 1}/{self.steps}{memory}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +110,7 @@ class SlidingContext(ContextHandlerABC):
         fusions = [Fusion(x_in, axis, self.fuse, self.plan.overlap) for _ in conds]
         for number, indices in enumerate(windows):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            run.tell(step, number, len(windows))
+            run.tell(step, number, len(windows), run_of(options).words)
             window = ContextWindow(indices, axis, frames)
             parts = [cut_conds(cond, x_in, window, run.controls, model) for cond in conds]
             times = timestep if timestep.shape[0] == 1 or axis else window.get_tensor(timestep)

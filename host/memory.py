@@ -43,13 +43,15 @@ class MemoryRun:
     """What a sampling run has learnt about memory; it lasts as long as the run.
 
     slab: ceiling on one temporary in bytes, 0 for the device's own. apart: one conditioning per call of the UNet.
-    shape: of one conditioning's share of a call, as the host asked for its memory. told: the user knows.
+    shape: of one conditioning's share of a call, as the host asked for its memory. needed: bytes such a call takes, as
+    estimated. told: the user knows.
     """
 
     slab: int = 0
     apart: bool = False
     told: bool = False
     shape: list[int] = field(default_factory=list)
+    needed: int = 0
 
     def __deepcopy__(self, memo: dict) -> MemoryRun:
         """Copies of a run's options share it."""
@@ -73,6 +75,11 @@ class MemoryRun:
             return None
         self.slab = half
         return f"motion modules in pieces of {half // MIB} MiB"
+
+    @property
+    def words(self) -> str:
+        """What of it the end of a line on a node says."""
+        return in_words(self.needed) + ", in smaller pieces since it ran out" * self.told
 
     def tell(self, how: str) -> None:
         if not self.told:
@@ -144,14 +151,42 @@ def counted(model: Any, need: Callable[[list[int], int], int], run: MemoryRun, d
             model.memory_required = before
 
 
-def plan(run: MemoryRun, need: Callable[[list[int], int], int], device: torch.device) -> None:
-    """Choose the pieces of motion modules so that a call fits into free memory, and tell the console."""
-    free = comfy.model_management.get_free_memory(device)
-    reserve = RESERVE + comfy.model_management.extra_reserved_memory()
+def plan(run: MemoryRun, need: Callable[[list[int], int], int], device: torch.device) -> str:
+    """Choose the pieces of motion modules so that a call fits into free memory, tell the console; a line for the node.
+
+    Their size changes no value, so free memory may decide it.
+    """
+    free, reserve = _free(device)
     while need(run.shape, run.slab_on(device)) > free - reserve and run.slab_on(device) >= 2 * LEAST_SLAB:
         run.slab = run.slab_on(device) // 2
     frames, _, height, width = run.shape
-    needed = need(run.shape, run.slab_on(device))
+    run.needed = need(run.shape, run.slab_on(device))
     log.info("Memory: one UNet call on %d frames of %dx%d latents needs about %d MiB for each prompt, with motion "
              "modules in pieces of %d MiB; %d MiB are free, of which %d stay in reserve.", frames, height, width,
-             math.ceil(needed / MIB), run.slab_on(device) // MIB, free // MIB, reserve // MIB)  # fmt: skip
+             math.ceil(run.needed / MIB), run.slab_on(device) // MIB, free // MIB, reserve // MIB)  # fmt: skip
+    return f"{frames} frames at once{in_words(run.needed)} of {int(free) // MIB} MiB free"
+
+
+def fitting(size: int, need: Callable[[int], int], device: torch.device, work: str) -> tuple[int, str]:
+    """Largest of size, size / 2, ... whose need leaves the reserve free, at least 1, and a line for the node.
+
+    For pieces whose size changes no value. work: what is done, for the line. The console is told, too.
+    """
+    free, reserve = _free(device)
+    while size > 1 and need(size) > free - reserve:
+        size //= 2
+    frames = f"{size} frame{'s' * (size > 1)}"
+    line = f"{work} {frames} at once{in_words(need(size))} of {int(free) // MIB} MiB free"
+    log.info("Memory: %s, of which %d MiB stay in reserve.", line, reserve // MIB)
+    return size, line
+
+
+def in_words(needed: int) -> str:
+    """An estimate as the end of a line on a node, empty for none."""
+    return f", about {math.ceil(needed / MIB)} MiB" if needed else ""
+
+
+def _free(device: torch.device) -> tuple[float, int]:
+    """Free bytes, and how many of them are to stay so."""
+    reserve = RESERVE + comfy.model_management.extra_reserved_memory()
+    return comfy.model_management.get_free_memory(device), reserve

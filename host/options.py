@@ -6,6 +6,7 @@ from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
 from ..motion_modules.errors import CheckpointError
+from ..motion_modules.tune_a_video.attention import Reach
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
@@ -13,10 +14,13 @@ from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from ..training.loop import Recipe
 from . import paths
+from .attention import FrameAttention
 from .context import SlidingContext
 from .inflate import MotionSettings
 from .motion import MotionModule
 from .train import LoraTraining
+from .train_stages import ModuleTraining
+from .tune import Tuning
 from .vae import EXACT, STREAMING, DecodeSettings
 
 AS_TRAINED = "as trained"
@@ -31,13 +35,17 @@ FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
 DECODE_MODES = [EXACT, STREAMING]
+REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
+V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
+LAYOUTS = [V3_LAYOUT, V2_LAYOUT]
+MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
 
 
-def known_file(folder: str, name: str | None) -> bool | str:
+def known_file(folder: str, name: str | None, kind: str = "") -> bool | str:
     """True, or the sentence for a workflow that names a file the user lacks; None (linked) is not known yet."""
-    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name)
+    return True if name is None or name in paths.list_files(folder) else paths.missing_file(folder, name, kind)
 
 
 def known_range(start: float | None, end: float | None) -> bool | str:
@@ -164,30 +172,87 @@ def lora_training(
     frames: int,
     stride: int,
     clip_length: int,
-    batch_size: int,
-    accumulate: int,
-    seed: int,
-    gradient_checkpointing: bool,
-    save_every: int,
-    existing: str,
+    **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
+    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, **_batches(run))
+    path = paths.new_file(paths.MOTION_LORAS, file_name)
+    clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
+    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
+
+
+def adapter_training(*, file_name: str, rank: int, steps: int, learning_rate: float, **run: Any) -> LoraTraining:
+    """Translate the widgets of Train Domain Adapter. Raises ValueError for values that cannot be used."""
+    recipe = _lora_recipe("domain adapter", steps, learning_rate, **_batches(run))
+    path = paths.new_file("loras", file_name)
+    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=rank, **_running(**run))
+
+
+def module_training(
+    *,
+    file_name: str,
+    layout: str,
+    steps: int,
+    learning_rate: float,
+    frames: int,
+    stride: int,
+    clip_length: int,
+    **run: Any,
+) -> ModuleTraining:
+    """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
+
+    Raises ValueError for values that cannot be used.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout is '{layout}', which is none of its choices: {', '.join(LAYOUTS)}.")
+    recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
+                    beta2=0.999, **_batches(run))  # fmt: skip
+    path = paths.new_file(paths.MOTION_MODULES, file_name)
+    clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
+    how = _running(**run) | {"save_every_s": MODULE_STATE_S}
+    return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, **clips, **how)
+
+
+def _lora_recipe(name: str, steps: int, learning_rate: float, **batches: int) -> Recipe:
+    return Recipe(name, steps, learning_rate=learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
+                  average=0.98, **batches)  # fmt: skip
+
+
+def _batches(run: dict[str, Any]) -> dict[str, int]:
+    """The widgets of a run that its recipe holds."""
+    return {"batch": run.pop("batch_size"), "accumulate": run.pop("accumulate"), "seed": run.pop("seed")}
+
+
+def _running(*, gradient_checkpointing: bool, save_every: int, existing: str, sample_every: int) -> dict[str, Any]:
     if existing not in EXISTING:
         raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
-    recipe = Recipe("MotionLoRA", steps, batch_size, learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
-                    average=0.98, seed=seed, accumulate=accumulate)  # fmt: skip
-    return LoraTraining(
-        path=paths.new_file(paths.MOTION_LORAS, file_name),
-        recipe=recipe,
-        rank=rank,
-        alpha=alpha,
-        frames=frames,
-        stride=stride,
-        clip_length=clip_length,
-        recompute=gradient_checkpointing,
-        save_every=save_every,
-        go_on=existing == GO_ON,
-    )
+    return {"recompute": gradient_checkpointing, "save_every": save_every, "sample_every": sample_every,
+            "go_on": existing == GO_ON}  # fmt: skip
+
+
+def tuning(
+    *,
+    file_name: str,
+    steps: int,
+    learning_rate: float,
+    frames: int,
+    stride: int,
+    seed: int,
+    base_name: str = "",
+    **run: Any,
+) -> Tuning:
+    """Translate the widgets of Tune Video Model. Raises ValueError for values that cannot be used."""
+    recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
+                    beta2=0.999)  # fmt: skip
+    path = paths.new_file(paths.MOTION_MODULES, file_name)
+    return Tuning(path=path, recipe=recipe, frames=frames, stride=stride, base_name=base_name, **_running(**run))
+
+
+def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:
+    """Translate the widgets of ST-Attention. Raises ValueError for a choice that does not exist."""
+    if keys_from not in REACHES:
+        raise ValueError(f"keys_from is '{keys_from}', which is none of its choices: {', '.join(REACHES)}.")
+    return FrameAttention(Reach(keys_from), joint_group_norm, frames)
 
 
 def known_new_file(folder: str, name: str | None) -> bool | str:

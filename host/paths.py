@@ -11,10 +11,12 @@ from ..motion_modules.animatediff.checkpoint import refuse_other_files, unwrap
 from ..motion_modules.errors import CheckpointError
 from ..motion_modules.files import read_outline
 from ..motion_modules.temporal_vae.checkpoint import is_temporal
+from ..motion_modules.tune_a_video.checkpoint import refuse_other_files as refuse_untuned
 
 MOTION_MODULES = "animatediff_models"
 MOTION_LORAS = "animatediff_motion_lora"
 VAES = "vae"
+TUNED = "tuned video model"
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 
@@ -55,10 +57,10 @@ def new_file(folder: str, name: str) -> Path:
     return path
 
 
-def missing_file(folder: str, name: str) -> str:
-    """The sentence for a shared workflow that names a file this user lacks."""
-    kind = {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA", VAES: "VAE"}[folder]
-    fitting = [candidate for candidate in list_files(folder) if _fits(folder, candidate)]
+def missing_file(folder: str, name: str, kind: str = "") -> str:
+    """The sentence for a shared workflow that names a file this user lacks. kind: TUNED for those among modules."""
+    kind = kind or {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA", VAES: "VAE"}[folder]
+    fitting = [candidate for candidate in list_files(folder) if _fits(folder, candidate, kind)]
     if not fitting:
         return (f"The {kind} {name} is not in your {folder} folder, and neither is any other. Put one into "
                 f"{Path(folder_paths.models_dir) / folder} and refresh the page.")
@@ -67,14 +69,16 @@ def missing_file(folder: str, name: str) -> str:
             f"{', '.join(closest)}.")
 
 
-def _fits(folder: str, name: str) -> bool:
+def _fits(folder: str, name: str, kind: str = "") -> bool:
     """Whether a file is of the right kind, as far as its header tells; pickles have none and count as fitting."""
     path = Path(folder_paths.get_full_path(folder, name) or name)
     if path.suffix not in (".safetensors", ".sft"):
         return True
     try:
         outline = read_outline(path)
-        if folder == MOTION_MODULES:
+        if kind == TUNED:
+            refuse_untuned(unwrap(outline), name)
+        elif folder == MOTION_MODULES:
             refuse_other_files(unwrap(outline), name)
         if folder == VAES:
             return is_temporal(outline)

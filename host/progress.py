@@ -6,8 +6,9 @@ import logging
 import time
 
 import comfy.utils
+from PIL import Image
 
-from ..training.plot import SIZE, plot
+from ..training.plot import SIZE, plot, under
 
 log = logging.getLogger(__name__)
 
@@ -15,8 +16,11 @@ log = logging.getLogger(__name__)
 class TrainingProgress:
     """Called after every step: the host's progress bar, the losses as the node's preview, and a line in the log.
 
-    losses: the list the run adds to. `every_s`: seconds between two pictures.
+    losses: the list the run adds to. `every_s`: seconds between two pictures. strip: what was drawn last with what
+    is being trained, shown under the losses.
     """
+
+    strip: Image.Image | None = None
 
     def __init__(self, name: str, total: int, losses: list[float], every_s: float = 2.0) -> None:
         self.name, self.losses, self.every_s = name, losses, every_s
@@ -32,7 +36,7 @@ class TrainingProgress:
             self.drawn = now
             title = self._title(step, total, now)
             log.info("%s: %s", self.name, title)
-            preview = ("JPEG", plot(self.losses, total, title), max(SIZE))
+            preview = ("JPEG", under(plot(self.losses, total, title), self.strip), max(SIZE))
         self.bar.update_absolute(step, total, preview)
 
     def _title(self, step: int, total: int, now: float) -> str:

@@ -24,10 +24,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..motion_modules.errors import ClipError, ModelMismatchError
+from ..sampling.inversion import Trajectory
 from ..sampling.reuse import Reuse, States, sample_clip
 from .conditioning import ControlSlices, cut_conds
 from .context import ContextWindow
+from .memory import MemoryRun, run_of
 from .preview import Page, watching_page
+from .schedule import noise_scale
 
 KEY = "latentmotion_reuse"
 ONE_STEP_SAMPLERS = (
@@ -47,14 +50,19 @@ ONE_STEP_SAMPLERS = (
 COUNT_STEPS = ("s_churn", "s_noise_end")  # options whose effect depends on the number of steps of a call
 
 
-def apply_reuse(model: ModelPatcher, reuse: Reuse, former: dict | None = None) -> ModelPatcher:
+def apply_reuse(
+    model: ModelPatcher, reuse: Reuse, former: dict | None = None, path: Trajectory | None = None
+) -> ModelPatcher:
     """Return a clone of MODEL that samples long batches clip after clip; settings put on it before are replaced.
 
-    former: LATENT of a finished clip that the first one continues.
+    former: LATENT of a finished clip that the first one continues. path: the same clip at every noise level.
     """
     samples = None if former is None else former["samples"].detach().clone()
+    if samples is not None and path is not None:
+        raise ClipError("Reuse and Diffuse has both continue_from and continue_from_path, and can continue one clip. "
+                        "Disconnect one of them; the path leads more exactly.")  # fmt: skip
     model = model.clone()
-    run = ReuseRun(reuse, samples)
+    run = ReuseRun(reuse, samples, path)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, run.sample), (WrappersMP.PREPARE_SAMPLING, run.plan_memory)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
@@ -63,10 +71,14 @@ def apply_reuse(model: ModelPatcher, reuse: Reuse, former: dict | None = None) -
 
 @dataclass(frozen=True, eq=False)
 class ReuseRun:
-    """Wraps a sampling run of the host. former: (frames, c, h, w) of the clip to continue, as a LATENT holds it."""
+    """Wraps a sampling run of the host. former: (frames, c, h, w) of the clip to continue, as a LATENT holds it.
+
+    path: of the clip to continue the last frames at every noise level, as a sampler holds them.
+    """
 
     reuse: Reuse
     former: Tensor | None = None
+    path: Trajectory | None = None
 
     def __deepcopy__(self, memo: dict) -> ReuseRun:
         """Immutable, so copies of a model's options share it."""
@@ -74,7 +86,8 @@ class ReuseRun:
 
     def sample(self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, *args: Any, **kw: Any) -> Tensor:
         """Hand the host a sampler that goes clip by clip; refuse what would not be right before anything is loaded."""
-        if noise.shape[0] == self.reuse.length and self.former is None and noise.ndim == 4:
+        alone = self.former is None and self.path is None
+        if noise.shape[0] == self.reuse.length and alone and noise.ndim == 4:
             return executor(noise, latent_image, sampler, *args, **kw)
         check_clips(self.reuse, noise)
         check_sampler(sampler)
@@ -84,8 +97,12 @@ class ReuseRun:
                 "long clip. Take one of the two nodes off it."
             )
         if self.former is not None:
-            check_former(self.reuse, self.former, noise)
-        return executor(noise, latent_image, ClipByClip(sampler, self.reuse, self.former), *args, **kw)
+            check_former(self.former, noise, "continue_from", self.reuse.prompt_frames, "prompt_frames that lead the "
+                         "new clip. Lower prompt_frames, or connect the whole clip")  # fmt: skip
+        if self.path is not None:
+            check_former(self.path.states[-1], noise, "continue_from_path", self.reuse.length, "of a new clip. Raise "
+                         "keep_frames of DDIM Inversion to clip_length, or lower clip_length")  # fmt: skip
+        return executor(noise, latent_image, ClipByClip(sampler, self.reuse, self.former, self.path), *args, **kw)
 
     def plan_memory(self, executor: Callable, model: Any, noise_shape: Any, *args: Any, **kw: Any) -> Any:
         """Let the host reserve memory for one clip."""
@@ -133,20 +150,16 @@ def sampler_name(sampler: Any) -> str:
     return getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_")
 
 
-def check_former(reuse: Reuse, former: Tensor, noise: Tensor) -> None:
-    """Raises ClipError unless the first clip can be led by this one."""
+def check_former(former: Tensor, noise: Tensor, name: str, needed: int, cure: str) -> None:
+    """Raises ClipError unless the first clip can be led by this one, which came in by input `name`."""
     if former.shape[1:] != noise.shape[1:]:
         found, wanted = ("x".join(map(str, x.shape[1:])) for x in (former, noise))
         raise ClipError(
-            f"The latent at continue_from has frames of {found} (channels, height, width) and the one at "
+            f"The latent at {name} has frames of {found} (channels, height, width) and the one at "
             f"the sampler {wanted}. Make the new clip as large as the one it continues."
         )
-    if former.shape[0] < reuse.prompt_frames:
-        raise ClipError(
-            f"The latent at continue_from has {former.shape[0]} frames, fewer than the "
-            f"{reuse.prompt_frames} prompt_frames that lead the new clip. Lower prompt_frames, or connect "
-            "the whole clip."
-        )
+    if former.shape[0] < needed:
+        raise ClipError(f"The latent at {name} has {former.shape[0]} frames, fewer than the {needed} {cure}.")
 
 
 @dataclass(eq=False)
@@ -156,6 +169,7 @@ class ClipByClip(comfy.samplers.Sampler):
     inner: comfy.samplers.KSAMPLER
     reuse: Reuse
     former: Tensor | None = None
+    path: Trajectory | None = None
 
     def sample(
         self,
@@ -176,8 +190,11 @@ class ClipByClip(comfy.samplers.Sampler):
         own, done = noise[:n], []
         if self.former is not None:
             self._continue(states, model_wrap.inner_model, sigmas, own)
+        if self.path is not None and noise.any():
+            own = self._follow(states, model_wrap.inner_model.model_sampling, sigmas, own)
         with tqdm(total=noise.shape[0] // n * steps, disable=disable_pbar) as bar:
-            report = Report(callback, noise.shape[0] // n, steps, watching_page())
+            memory = run_of(extra_args["model_options"].get("transformer_options", {}))
+            report = Report(callback, noise.shape[0] // n, steps, memory, watching_page())
             for number, start in enumerate(range(0, noise.shape[0], n)):
                 frames = slice(start, start + n)
                 own = reuse.next_noise(own, noise[frames]) if number else own
@@ -196,6 +213,13 @@ class ClipByClip(comfy.samplers.Sampler):
         for state, count in states.counts.items():
             own = noise[:count].flip(0)
             states.keep(model.model_sampling.noise_scaling(sigmas[state], own, latent[-count:], False), state)
+
+    def _follow(self, states: States, model_sampling: Any, sigmas: Tensor, fresh: Tensor) -> Tensor:
+        """Let the inverted clip lead as a clip that was just sampled would; returns the new clip's starting noise."""
+        for state in states.counts:
+            states.keep(self.path.at(float(sigmas[state])).to(fresh), state)
+        top = self.path.at(float(sigmas[0]))[-self.reuse.length :].to(fresh)
+        return self.reuse.next_noise(top / noise_scale(model_sampling, sigmas), fresh)
 
     def _stepper(self, states: States, bar: tqdm) -> comfy.samplers.KSAMPLER:
         """The host's sampler with its loop over the steps replaced by ours."""
@@ -260,13 +284,15 @@ class Report:
     callback: Callable | None
     clips: int
     steps: int
+    memory: MemoryRun
     page: Page | None = None
     number: int = 0
     last: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def tell(self, step: int, denoised: Tensor, x: Tensor, total: int) -> None:
         if self.page is not None:
-            self.page.say(f"clip {self.number + 1}/{self.clips}, step {step + 1}/{self.steps}")
+            line = f"clip {self.number + 1}/{self.clips}, step {step + 1}/{self.steps}"
+            self.page.say(line + self.memory.words)
         if step == self.steps - 1:
             self.last.append((denoised, x))
             if self.number == self.clips - 1:  # nodes with an output for it keep what they heard last

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.model_sampling
 import comfy.sampler_helpers
 import comfy.samplers
 import torch
@@ -20,79 +22,173 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..media.clip import Clip, clip_of_images
+from ..media.clip import Clip
 from ..motion_modules.animatediff.lora import published_key, read_motion_lora
+from ..motion_modules.animatediff.spec import JointNorms, MotionSpec
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ModelMismatchError, TrainingError
 from ..motion_modules.files import read_weights
+from ..motion_modules.norm import Affine
 from ..training.attention import attention, over_frames
 from ..training.checkpoint import read_recipe, save_weights
-from ..training.clips import EMPTY, Clips, cut, stratified
+from ..training.clips import EMPTY, Clips, stratified
+from ..training.dataset import Dataset
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe, Stopped, fit
 from ..training.lora import LowRankSet
+from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, patch_motion_lora
 from .progress import TrainingProgress
+from .samples import Samples
 from .schedule import set_schedule
 from .training_layers import heavy_layers, layers_of
-from .unet import CALLS, check_fit, host_affine, inflated, joint_norms
-from .video import clip_of
+from .unet import CALLS, MotionSlot, check_fit, host_affine, inflated, joint_norms
 
 ENCODED_AT_ONCE = 8
 LOSS_SCALE = 4096.0  # the gradient of a mean over a whole clip is below what float16 can hold
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class LoraTraining:
-    """What a MotionLoRA is trained by.
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What something is trained by.
 
-    path: the file to write. alpha: the change counts alpha / rank. clip_length: images per clip, 0 for all of them.
-    save_every: steps between two states on the disk. go_on: take up an interrupted run, or keep a finished one.
+    path: the file to write. frames, stride: of a training clip. clip_length: images per clip, 0 for all of them.
+    save_every, save_every_s: steps and seconds between two states on the disk. sample_every: steps between two clips
+    that are drawn to look at, 0 for none. go_on: take up an interrupted run, or keep a finished one.
     """
 
     path: Path
     recipe: Recipe
-    rank: int
-    alpha: float
-    frames: int
-    stride: int
-    clip_length: int
+    frames: int = 1
+    stride: int = 1
+    clip_length: int = 0
     recompute: bool = True
     save_every: int = 50
+    save_every_s: float = 120.0
+    sample_every: int = 0
     go_on: bool = True
 
     @property
     def state(self) -> Path:
         return self.path.with_name(self.path.name + ".training")
 
+    @property
+    def latents(self) -> Path:
+        return self.path.with_name(self.path.name + ".latents")
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on besides the recipe, the clips and the models."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTraining(Training):
+    """What a low-rank change is trained by. alpha: the change counts alpha / rank."""
+
+    rank: int
+    alpha: float
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "alpha": self.alpha}
+
+
+@dataclass(frozen=True, eq=False)
+class Learner:
+    """What learns in a run: its parameters, the options the UNet is called with, and the file its values make."""
+
+    parameters: dict[str, nn.Parameter]
+    options: dict[str, Any]
+    tensors: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, eq=False)
+class Stage:
+    """What differs between trainings.
+
+    trained: how many numbers learn. spec: the motion module in the UNet meanwhile. patchers: models of the host that
+    are needed besides the image model. begin: the learner, in place while the context lasts.
+    """
+
+    trained: int
+    spec: MotionSpec | None
+    patchers: tuple[ModelPatcher, ...]
+    begin: Callable[[], AbstractContextManager[Learner]]
+
 
 def train_motion_lora(
     model: ModelPatcher, module: MotionModule, clip: Any, vae: Any, clips: Any, captions: str, how: LoraTraining
 ) -> MotionModule:
-    """Train a MotionLoRA on the pictures of an IMAGE or VIDEO, write it, and return the motion module with it.
+    """Train a MotionLoRA on an IMAGE, VIDEO or dataset, write it, and return the motion module with it.
 
     Neither MODEL nor motion module is changed or copied. On Cancel the state stays on the disk.
     Raises TrainingError, ModelMismatchError and ClipError with a sentence for the user.
     """
-    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
-        raise ModelMismatchError("This MODEL makes video already, and training puts the motion module on by itself. "
-                                 "Connect the image model from before Apply Motion Module.")  # fmt: skip
-    check_fit(model.get_model_object("diffusion_model"), module.spec, module.name)
-    if how.frames > module.spec.positions:
-        raise TrainingError(f"{module.name} knows {module.spec.positions} frame positions, and frames is {how.frames}. "
-                            f"Set frames to at most {module.spec.positions}.")  # fmt: skip
-    film = clip_of_images(clips, Fraction(1)) if isinstance(clips, Tensor) else clip_of(clips)
-    pieces, texts = cut(encode_pictures(model, vae, film), how.clip_length, captions)
-    cuts = Clips(pieces, texts, how.frames, how.stride)
+    check_image_model(model)
+    check_motion(model, module.spec, module.name, how)
+    cuts, contexts = prepare(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
     model = model.clone()
     if module.spec.variant.schedule is not None:
         set_schedule(model, module.spec.variant.schedule)
-    contexts = encode_texts(clip, [*dict.fromkeys(texts), EMPTY])
-    _fit_lora(model, module, cuts, contexts, how)
+    network = module.patcher.model
+    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
+
+    @contextmanager
+    def begin() -> Iterator[Learner]:
+        changes, motion = LowRankSet(network, names, how.rank, how.recipe.seed), Motion(module, MotionSettings())
+        call = motion_call(model, how.frames, host_affine)
+        slots = motion.slots(model.model.diffusion_model, call)
+        with changes.on(network, how.scale), video_unet(model, slots, motion.joint, call, how.recompute) as options:
+            yield Learner(dict(changes.named_parameters()), options, partial(published_pairs, changes, how.scale))
+
+    run(Stage(lora_size(network, names, how.rank), module.spec, (module.patcher,), begin), model, cuts, contexts, how)
     return patch_motion_lora(module, read_motion_lora(read_weights(how.path), how.path.name), 1.0)
+
+
+def check_image_model(model: ModelPatcher) -> None:
+    """Raise ModelMismatchError for a MODEL that makes video already."""
+    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
+        raise ModelMismatchError("This MODEL makes video already, and training puts the motion module on by itself. "
+                                 "Connect the image model from before Apply Motion Module.")  # fmt: skip
+
+
+def check_motion(model: ModelPatcher, spec: MotionSpec, name: str, how: Training) -> None:
+    """Raise ModelMismatchError or TrainingError unless the module fits the MODEL and has that many frames."""
+    check_fit(model.get_model_object("diffusion_model"), spec, name)
+    if how.frames > spec.positions:
+        raise TrainingError(f"{name} knows {spec.positions} frame positions, and frames is {how.frames}. "
+                            f"Set frames to at most {spec.positions}.")  # fmt: skip
+
+
+def lora_size(network: nn.Module, names: list[str], rank: int) -> int:
+    """Numbers in low-rank changes of these layers."""
+    layers = [network.get_submodule(name) for name in names]
+    return rank * sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def published_pairs(changes: LowRankSet, scale: float, weights: dict[str, Tensor],
+                    names: dict[str, str] | None = None) -> dict[str, Tensor]:  # fmt: skip
+    """The changes under the authors' keys, the scale multiplied in. names: published names of the layers."""
+    pairs = {}
+    for layer, down, up in changes.pairs(weights):
+        key = published_key(names[layer] if names else layer)
+        pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up * scale
+    return pairs
+
+
+def prepare(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: Training) -> tuple[Clips, dict[str, list]]:
+    """The clips as latents, and the captions (and the empty one) as CONDITIONING; every one of them once."""
+    network = getattr(vae, "first_stage_model", None)
+    shelf = Shelf(how.latents, fingerprint(network) if network else "")
+    cuts = as_latents(dataset, how.frames, how.stride, partial(encode_pictures, model, vae), shelf)
+    return cuts, encode_texts(clip, [*dict.fromkeys(cuts.captions), EMPTY])
 
 
 def encode_pictures(model: ModelPatcher, vae: Any, film: Clip) -> Tensor:
@@ -111,53 +207,58 @@ def encode_texts(clip: Any, texts: list[str]) -> dict[str, list]:
     return {text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts}
 
 
-def _fit_lora(model: ModelPatcher, module: MotionModule, clips: Clips, contexts: dict, how: LoraTraining) -> None:
-    patcher, network = module.patcher, module.patcher.model
-    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
-    trained = sum(network.get_submodule(n).in_features + network.get_submodule(n).out_features for n in names)
-    item = working_type(model.model).itemsize
-    images = how.recipe.batch * clips.frames
-    layers = layers_of(model.model.diffusion_model, module.spec, clips.latents[0].shape[-2:], clips.frames)
-    needed = run_bytes(trained * how.rank, layers, images, item, how.recompute)
-    log.info("Training %s: %.1f million numbers in %d layers, about %.2f GB of memory besides the models",
-             how.path.name, trained * how.rank / 1e6, len(names), needed / 1e9)  # fmt: skip
-    comfy.model_management.load_models_gpu([model, patcher], memory_required=needed, force_full_load=True)
+def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Training) -> None:
+    """Train, and write the file; nothing is done where it is there already. Raises TrainingError."""
+    images, item = how.recipe.batch * clips.frames, working_type(model.model).itemsize
+    layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames)
+    needed = run_bytes(stage.trained, layers, images, item, how.recompute)
+    log.info("Training %s: %.1f million numbers, about %.2f GB of memory besides the models",
+             how.path.name, stage.trained / 1e6, needed / 1e9)  # fmt: skip
+    patchers = [model, *stage.patchers]
+    comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
     model.pre_run()
     try:
         with training():
-            conditions = Conditions(model, contexts, clips)
-            with frozen(model.model, network):
-                changes = LowRankSet(network, names, how.rank, how.recipe.seed)
-                recipe = _signed(how, clips, model.model, network)
-                if _is_finished(how, recipe):
-                    return
-                with changes.on(network, how.alpha / how.rank), video_unet(model, module, clips, how) as options:
-                    loss_of = noise_loss(model.model, clips, conditions, options, recipe)
-                    _fit(changes, loss_of, recipe, how, _loss_scale(model.model))
+            conditions, networks = Conditions(model, contexts, clips), [patcher.model for patcher in patchers]
+            with frozen(*networks):
+                recipe = _signed(how, clips, *networks)
+                if not is_finished(how, recipe):
+                    with stage.begin() as learner:
+                        loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
+                        samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
+                        learn(learner.parameters, loss_of, recipe, how, loss_scale(model.model),
+                              lambda weights: write_file(how.path, learner.tensors(weights), recipe, learner.dtype),
+                              samples)  # fmt: skip
     finally:
         model.cleanup()
+    shutil.rmtree(how.latents, ignore_errors=True)
 
 
-def _fit(changes: LowRankSet, loss_of: Callable, recipe: Recipe, how: LoraTraining, scale: float) -> None:
-    """The run itself; writes the file at its end, and on Cancel says where the state is."""
+def write_file(path: Path, tensors: dict[str, Tensor], recipe: Recipe, dtype: torch.dtype,
+               about: dict[str, str] | None = None) -> None:  # fmt: skip
+    """Write what a run has learned. Raises TrainingError where that cannot be done; the run's state stays."""
+    try:
+        save_weights(path, tensors, asdict(recipe), dtype, about)
+    except OSError as error:
+        raise TrainingError(f"{path} could not be written ({error}). Make room on that disk and run again: "
+                            "training is finished, and only the file is missing.") from error  # fmt: skip
+
+
+def learn(parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe, how: Training, scale: float,
+          write: Callable[[dict[str, Tensor]], None], samples: Samples | None = None) -> None:  # fmt: skip
+    """The run itself; `write` gets the weights at its end. On Cancel it says where the state is."""
     losses: list[float] = []
     progress = TrainingProgress(how.path.name, recipe.steps, losses)
     stop = comfy.model_management.processing_interrupted
 
-    def write(weights: dict[str, Tensor]) -> None:
-        pairs = {}
-        for layer, down, up in changes.pairs(weights):
-            key = published_key(layer)
-            pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up * (how.alpha / how.rank)
-        try:
-            save_weights(how.path, pairs, asdict(recipe), torch.float32)
-        except OSError as error:
-            raise TrainingError(f"{how.path} could not be written ({error}). Make room on that disk and run again: "
-                                "training is finished, and only the file is missing.") from error  # fmt: skip
+    def on_step(step: int, total: int, loss: float) -> None:
+        if samples and how.sample_every and step % how.sample_every == 0:
+            progress.strip = samples.strip()
+        progress(step, total, loss)
 
     try:
-        fit(dict(changes.named_parameters()), loss_of, recipe, how.state, progress, stop,
-            save_every=how.save_every, losses=losses, loss_scale=scale, finish=write)  # fmt: skip
+        fit(parameters, loss_of, recipe, how.state, on_step, stop, how.save_every_s, how.save_every, losses=losses,
+            loss_scale=scale, finish=write)  # fmt: skip
     except (Stopped, comfy.model_management.InterruptProcessingException):  # the host's layers answer Cancel as well
         log.info("Training stopped after step %d; run the workflow again to go on. Its state: %s",
                  len(losses), how.state)  # fmt: skip
@@ -165,19 +266,27 @@ def _fit(changes: LowRankSet, loss_of: Callable, recipe: Recipe, how: LoraTraini
         raise
 
 
-@contextmanager
-def video_unet(model: ModelPatcher, module: MotionModule, clips: Clips, how: LoraTraining) -> Iterator[dict]:
-    """While the context lasts the UNet makes video, backward passes included. Yields the options of its calls."""
-    unet, motion = model.model.diffusion_model, Motion(module, MotionSettings())
-    positions = torch.arange(clips.frames, dtype=torch.float32, device=model.load_device)
-    call = MotionCall(clips.frames, positions, attention=over_frames, affine=host_affine)
+def motion_call(model: ModelPatcher, frames: int, affine: Affine) -> MotionCall:
+    """What the motion module is told in every call of a run."""
+    positions = torch.arange(frames, dtype=torch.float32, device=model.load_device)
+    return MotionCall(frames, positions, attention=over_frames, affine=affine)
+
+
+def call_options(model: ModelPatcher) -> dict[str, Any]:
+    """The options the UNet is called with in a run: those of the MODEL, and an attention that learns quickly."""
     own = model.model_options["transformer_options"]
-    options = {"optimized_attention_override": attention, **own, CALLS: {0: call}, "cond_or_uncond": [0],
-               "wrappers": model.wrappers, "callbacks": model.callbacks}  # fmt: skip
-    heavy = [*heavy_layers(unet), *module.patcher.model.transformers().values()] if how.recompute else []
-    slots, norms = list(motion.slots(unet, call)), list(joint_norms(unet, motion.joint))
-    with recomputed(heavy), inflated(unet, slots, norms, clips.frames):
-        yield options
+    return {"optimized_attention_override": attention, **own, "cond_or_uncond": [0], "wrappers": model.wrappers,
+            "callbacks": model.callbacks}  # fmt: skip
+
+
+@contextmanager
+def video_unet(model: ModelPatcher, slots: Iterable[tuple[nn.Module, MotionSlot]], joint: JointNorms, call: MotionCall,
+               recompute: bool) -> Iterator[dict]:  # fmt: skip
+    """While the context lasts the UNet makes video, backward passes included. Yields the options of its calls."""
+    unet, slots = model.model.diffusion_model, list(slots)
+    heavy = [*heavy_layers(unet), *(slot.held[0] for _, slot in slots)] if recompute else []
+    with recomputed(heavy), inflated(unet, slots, list(joint_norms(unet, joint)), call.frames):
+        yield call_options(model) | {CALLS: {0: call}}
 
 
 class Conditions:
@@ -210,11 +319,13 @@ def _ordinary(value: Any, device: torch.device) -> Any:
 
 
 def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, recipe: Recipe) -> Callable:
-    """Mean squared error of the noise: a clip has one noise level, its frames have noise each.
+    """Mean squared error of what the network predicts, noise or velocity: a clip has one noise level, its frames have
+    noise each.
 
-    Source: AnimateDiff's training, reference section 6; the levels of a batch are spread evenly over the schedule.
+    Source: the trainings of AnimateDiff and Tune-A-Video; the levels of a batch are spread evenly over the schedule.
     """
     sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
+    is_velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         latents, captions = clips.draw(recipe.batch, generator)
@@ -225,7 +336,8 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
         noisy = sampling.noise_scaling(spread, noise, latents)
         told = conditions(captions)
         clean = base.apply_model(noisy, sigma, **told, transformer_options={**options, "sigmas": sigma[:1]})
-        return ((clean - latents) / spread).square().mean()
+        error = (clean - latents) / spread
+        return (error * (spread**2 + 1).sqrt() if is_velocity else error).square().mean()
 
     return loss_of
 
@@ -235,14 +347,14 @@ def working_type(base: Any) -> torch.dtype:
     return getattr(base, "manual_cast_dtype", None) or base.get_dtype()
 
 
-def _loss_scale(base: Any) -> float:
+def loss_scale(base: Any) -> float:
+    """Factor on the loss that keeps gradients in the range of the type the network computes in."""
     return LOSS_SCALE if working_type(base) == torch.float16 else 1.0
 
 
-def _signed(how: LoraTraining, clips: Clips, *networks: nn.Module) -> Recipe:
+def _signed(how: Training, clips: Clips, *networks: nn.Module) -> Recipe:
     """The recipe with everything else the result depends on."""
-    settings = {"rank": how.rank, "alpha": how.alpha, "clips": clips.digest(),
-                "models": [fingerprint(network) for network in networks]}  # fmt: skip
+    settings = {**how.settings(), "clips": clips.digest(), "models": [fingerprint(network) for network in networks]}
     return Recipe(**{**asdict(how.recipe), "about": json.dumps(settings, sort_keys=True)})
 
 
@@ -255,13 +367,17 @@ def fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _is_finished(how: LoraTraining, recipe: Recipe) -> bool:
-    """Whether the file is there already. Raises TrainingError where something else would be overwritten."""
+def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or settings") -> bool:
+    """Whether the file is there already. Raises TrainingError where something else would be overwritten.
+
+    about: what the recipe's `about` stands for, in words.
+    """
     if not how.go_on:
         how.state.unlink(missing_ok=True)
         return False
     if how.path.is_file():
-        if read_recipe(how.path) == asdict(recipe):
+        made, now = read_recipe(how.path), asdict(recipe)
+        if made is not None and {**now, **made} == now:  # an older file may not say everything
             log.info("%s was trained with these settings already", how.path.name)
             return True
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
@@ -271,7 +387,7 @@ def _is_finished(how: LoraTraining, recipe: Recipe) -> bool:
         now = asdict(recipe)
         other = sorted(name for name in now if began.get(name, now[name]) != now[name])
         if other:
-            said = ", ".join("clips, models, rank or alpha" if name == "about" else f"{name} {began[name]}"
+            said = ", ".join(about if name == "about" else f"{name} {began[name]}"
                              f" (now {now[name]})" for name in other)  # fmt: skip
             raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: {said}. "
                                 "Set them back to go on with it, choose another file_name, or set existing to "

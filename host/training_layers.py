@@ -18,9 +18,9 @@ def heavy_layers(unet: UNetModel) -> Iterator[nn.Module]:
     return (layer for layer in unet.modules() if isinstance(layer, (ResBlock, SpatialTransformer)))
 
 
-def layers_of(unet: UNetModel, spec: MotionSpec, size: tuple[int, int], frames: int) -> list[Layer]:
-    """The heavy layers of the UNet and of the motion module in it, for latents of this (height, width)."""
-    moved = {id(block_of(unet, spec, slot)): channels for slot, channels in spec.slots}
+def layers_of(unet: UNetModel, spec: MotionSpec | None, size: tuple[int, int], frames: int) -> list[Layer]:
+    """The heavy layers of the UNet and of a motion module in it, for latents of this (height, width)."""
+    moved = {id(block_of(unet, spec, slot)): channels for slot, channels in (spec.slots if spec else ())}
     pixels, found = size[0] * size[1], []
     for block in (*unet.input_blocks, unet.middle_block, *unet.output_blocks):
         if id(block) in moved:

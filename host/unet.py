@@ -59,6 +59,24 @@ def family(unet: UNetModel) -> str:
     return family_of(tuple(widths.values()))
 
 
+def levels_of(unet: Any) -> tuple[tuple[int, ...], int]:
+    """Widths of the UNet's levels, finest first, and how many residual layers each has.
+
+    Raises ModelMismatchError for a network that motion modules have no place in.
+    """
+    if not isinstance(unet, UNetModel) or any(isinstance(module, VideoResBlock) for module in unet.modules()):
+        raise ModelMismatchError(f"This MODEL is a {type(unet).__name__}, which has no place for AnimateDiff. Use an "
+                                 "image model of SD1.x, SD2.x or SDXL.")
+    levels: dict[int, list[int]] = {}
+    for level, block in _down_levels(unet):
+        levels.setdefault(level, []).append(_channels(block))
+    counts = {len(widths) for widths in levels.values()}
+    if len(counts) > 1:
+        raise ModelMismatchError("The levels of this UNet have different numbers of layers, and motion modules have as "
+                                 "many on each. Use an image model of SD1.x, SD2.x or SDXL.")
+    return tuple(widths[0] for widths in levels.values()), counts.pop()
+
+
 def _channels(block: nn.Module) -> int:
     return next((layer.out_channels for layer in block if isinstance(layer, ResBlock)), 0)
 

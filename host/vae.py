@@ -23,6 +23,7 @@ from ..motion_modules.temporal_vae.decode import Workshop, exact, streaming, wor
 from ..motion_modules.temporal_vae.plan import Plan, Spatial, Stage, Temporal
 from ..sampling.tiles import feather, tiles
 from . import memory
+from .preview import watching_page
 from .temporal_vae import TemporalConvsDecoder
 from .unet import host_affine
 from .video import StreamedVideo
@@ -49,6 +50,7 @@ class ClipDecoder:
     def __init__(self, vae: comfy.sd.VAE, settings: DecodeSettings | None = None) -> None:
         """Raises ModelMismatchError for a VAE whose latents have a time axis of their own."""
         self.vae = vae
+        self.page = watching_page()  # of the node that decodes; the work is done while another one saves
         self.settings = settings or DecodeSettings()
         if getattr(vae, "latent_dim", 2) != 2:
             raise ModelMismatchError(
@@ -81,8 +83,9 @@ class ClipDecoder:
         length = self.settings.clip_length or len(latent)
         clips = latent.split(length)
         progress = comfy.utils.ProgressBar(len(clips) * self._work(length))
+        chunk = self._fitting(clips[0])
         for clip in clips:
-            yield from self._images(clip, progress) if self.plan is None else self._clip(clip, progress)
+            yield from self._clip(clip, chunk, progress)
 
     def _check(self, latent: Tensor) -> None:
         length, channels = self.settings.clip_length, getattr(self.vae, "latent_channels", None)
@@ -105,18 +108,31 @@ class ClipDecoder:
     def _work(self, frames: int) -> int:
         return frames if self.plan is None else work_units(self.plan, frames, self.settings.mode == STREAMING)
 
-    def _images(self, clip: Tensor, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
-        for part in clip.split(self.settings.chunk):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            progress.update(len(part))
-            yield self.vae.decode(part).to("cpu", torch.float32)
+    def _fitting(self, clip: Tensor) -> int:
+        """Frames at once that fit into memory beside the weights, at most those asked for; shown on the node."""
+        vae, most = self.vae, max(1, min(self.settings.chunk, len(clip)))
+        need = partial(self._needs, clip)
+        load = comfy.model_management.load_models_gpu  # makes room, and what is free then counts
+        load([vae.patcher], memory_required=need(most), force_full_load=vae.disable_offload)
+        chunk, line = memory.fitting(most, need, vae.device, "decoding")
+        if self.page is not None:
+            self.page.say(line)
+        return chunk
 
-    def _clip(self, clip: Tensor, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
+    def _needs(self, clip: Tensor, chunk: int) -> int:
+        """Bytes of decoding so many frames of a clip beside what is parked; of images as the host estimates them."""
+        if self.plan is None:
+            return int(self.vae.memory_used_decode((1, *clip.shape[1:]), self.vae.vae_dtype)) * chunk
+        streams = self.settings.mode == STREAMING
+        area = clip.shape[2] * clip.shape[3] * self.vae.spacial_compression_decode() ** 2
+        return area * (WORKING_ELEMENTS * chunk + STREAM_ELEMENTS * streams) * self.vae.vae_dtype.itemsize
+
+    def _clip(self, clip: Tensor, chunk: int, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
         """One clip; where memory runs out, again with fewer frames at once, and in tiles once a single one is too many.
 
         What was given out already is decoded anew and dropped.
         """
-        given, chunk, tile, failure = 0, self.settings.chunk, 0, None
+        given, tile, failure = 0, 0, None
         while chunk:
             try:
                 past = 0
@@ -127,7 +143,9 @@ class ClipDecoder:
                         given = past
                         yield fresh
                 return
-            except comfy.model_management.OOM_EXCEPTION as error:
+            except Exception as error:
+                if not memory.is_out_of_memory(error):
+                    raise
                 failure = str(error)
             if chunk > 1:
                 chunk //= 2
@@ -164,12 +182,9 @@ class ClipDecoder:
         yield from canvas.div_(total).movedim(1, -1).split(self.settings.chunk)
 
     def _run(self, clip: Tensor, chunk: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
-        vae, streams = self.vae, self.settings.mode == STREAMING
-        area = clip.shape[2] * clip.shape[3] * vae.spacial_compression_decode() ** 2
-        elements = WORKING_ELEMENTS * chunk + STREAM_ELEMENTS * streams
-        needed = area * elements * vae.vae_dtype.itemsize
+        vae, needed = self.vae, self._needs(clip, chunk)
         shop = Workshop(chunk, partial(memory.park, reserve=needed), host_affine, on_frames)
-        pieces = (streaming if streams else exact)(self.plan, clip.to(vae.device, vae.vae_dtype), shop)
+        pieces = self._decoded(clip.to(vae.device, vae.vae_dtype), shop)
         while True:
             comfy.model_management.throw_exception_if_processing_interrupted()
             load = comfy.model_management.load_models_gpu
@@ -180,6 +195,15 @@ class ClipDecoder:
                     return
                 pixels = vae.process_output(pixels.float()).movedim(1, -1).to("cpu", torch.float32)
             yield pixels
+
+    def _decoded(self, clip: Tensor, shop: Workshop) -> Iterator[Tensor]:
+        """What the network makes of a clip, chunk by chunk, on its device and in its own range."""
+        if self.plan is not None:
+            yield from (streaming if self.settings.mode == STREAMING else exact)(self.plan, clip, shop)
+            return
+        for part in clip.split(shop.chunk):
+            yield self.vae.first_stage_model.decode(part)
+            shop.on_frames(len(part))
 
 
 def decode_video(

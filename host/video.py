@@ -28,6 +28,7 @@ FITS = [fit.value for fit in Fit]
 FORMATS = [form.value for form in formats.Format]
 CONTAINERS = {"mp4": formats.MP4, "mkv": formats.MKV, "webm": formats.WEBM}
 CODECS = {"h264": formats.H264, "av1": formats.AV1}
+DEMO_CLIPS = Path(__file__).resolve().parent.parent / "demo" / "clips"
 
 
 class StreamedVideo(Input.Video):
@@ -191,24 +192,36 @@ def _metadata(hidden: Any) -> dict[str, Any]:
 
 
 def list_videos() -> list[str]:
-    """Files of the input folder that may be videos."""
+    """Files of the input folder that may be videos, and the demo's own clips."""
     folder = folder_paths.get_input_directory()
     files = [file for file in os.listdir(folder) if os.path.isfile(os.path.join(folder, file))]
     films = folder_paths.filter_files_content_types(files, ["video"])
-    return sorted({*films, *(file for file in files if file.lower().endswith(".gif"))})
+    return sorted({*films, *(file for file in files if file.lower().endswith(".gif")), *_demo_clips()})
 
 
 def known_video(name: str | None) -> bool | str:
     """True, or the sentence for a workflow that names a file the user lacks; None (linked) is not known yet."""
-    if name is None or folder_paths.exists_annotated_filepath(name):
+    if name is None or folder_paths.exists_annotated_filepath(name) or name in _demo_clips():
         return True
     return f"The video {name} is not in your input folder. Choose another, or upload it with the button on the node."
 
 
 def state_of(name: str) -> tuple[str, float, int]:
     """What changes when the file does."""
-    found = os.stat(folder_paths.get_annotated_filepath(name))
+    found = os.stat(_path_of(name))
     return name, found.st_mtime, found.st_size
+
+
+def _demo_clips() -> dict[str, Path]:
+    """The clips that come with the pack, so that its workflows run where the input folder is still empty."""
+    return {path.name: path for path in DEMO_CLIPS.glob("*.mp4")}
+
+
+def _path_of(name: str) -> Path:
+    """The user's file of that name, else the demo's clip."""
+    if not folder_paths.exists_annotated_filepath(name) and name in _demo_clips():
+        return _demo_clips()[name]
+    return Path(folder_paths.get_annotated_filepath(name))
 
 
 def load_video(
@@ -217,5 +230,4 @@ def load_video(
     """A file of the input folder as a VIDEO that decodes when it is used. Raises VideoError."""
     rate = Fraction(frame_rate).limit_denominator(1001)
     selection = Selection(rate, skip_frames, every_nth, frame_cap)
-    path = Path(folder_paths.get_annotated_filepath(file))
-    return StreamedVideo(read_clip(path, file, selection, Frame(height, width, Fit(fit))))
+    return StreamedVideo(read_clip(_path_of(file), file, selection, Frame(height, width, Fit(fit))))

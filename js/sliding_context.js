@@ -5,9 +5,14 @@ import { clipLength, queryOf, svgOf } from "./lib/windows_picture.mjs";
 
 const NODE = "LatentMotionSlidingContext";
 
+function framesOf(node) {
+  const length = node.widgets.find((widget) => widget.name === "context_length").value;
+  return clipLength(app.graph.nodes ?? app.graph._nodes, length);
+}
+
 async function draw(node, element) {
   const widgets = Object.fromEntries(node.widgets.filter((w) => w.type !== "latentmotion_windows").map((w) => [w.name, w.value]));
-  const frames = clipLength(app.graph.nodes ?? app.graph._nodes, widgets.context_length);
+  const frames = framesOf(node);
   const response = await api.fetchApi(`/latentmotion/windows?${queryOf(widgets, frames)}`);
   const plan = await response.json();
   element.innerHTML = response.ok ? svgOf(plan) : "";
@@ -36,6 +41,13 @@ app.registerExtension({
     }
     const widget = node.addDOMWidget("windows", "latentmotion_windows", element, { serialize: false, getMinHeight: () => 90 });
     widget.serialize = false; // the option alone keeps it out of prompts only, not out of saved workflows
+    let frames = 0;
+    const drawn = node.onDrawForeground;
+    node.onDrawForeground = function (...args) {
+      drawn?.apply(this, args);
+      if (frames !== framesOf(node)) redraw(); // the length of the clip is set on another node
+      frames = framesOf(node);
+    };
     const configured = node.onConfigure;
     node.onConfigure = function (...args) {
       configured?.apply(this, args);

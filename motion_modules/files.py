@@ -85,6 +85,18 @@ def _read_pickle(path: Path) -> dict[str, Any]:
     return dict(payload)
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; nothing for pickles. Raises CheckpointError for a damaged header."""
+    with path.open("rb") as file:
+        if not _is_safetensors(file.read(64), path):
+            return {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise CheckpointError(f"{path.name} cannot be read as safetensors ({error}). {AGAIN}") from error
+
+
 def read_outline(path: Path) -> dict[str, Tensor]:
     """Names and shapes in a safetensors file, as tensors without storage; its weights are not read.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..host import paths, routes
-from . import context, decode, demo, motion, train, travel, video
+from . import context, dataset, decode, demo, edit, motion, train, travel, tune, video
 
 
 class LatentMotionExtension(ComfyExtension):
@@ -19,4 +19,5 @@ class LatentMotionExtension(ComfyExtension):
 
 def all_nodes() -> list[type[io.ComfyNode]]:
     """Every node of the pack, in the order of the add-node menu."""
-    return [*motion.NODES, *context.NODES, *travel.NODES, *decode.NODES, *video.NODES, *train.NODES, *demo.NODES]
+    makers = [*motion.NODES, *context.NODES, *travel.NODES, *decode.NODES, *video.NODES, *edit.NODES]
+    return [*makers, *dataset.NODES, *train.NODES, *tune.NODES, *demo.NODES]

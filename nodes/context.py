@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import context, options, reuse
-from .sockets import CATEGORY
+from .sockets import CATEGORY, LatentPathSocket
 
 
 class SlidingContext(io.ComfyNode):
@@ -111,6 +111,11 @@ class ReuseAndDiffuse(io.ComfyNode):
                     tooltip="A finished clip. The first new clip is led by its last frames as if it had just been "
                     "sampled; its own frames are not in the result.",
                 ),
+                LatentPathSocket.Input(
+                    "continue_from_path",
+                    optional=True,
+                    tooltip="The same from DDIM Inversion: a clip that leads by its own noise and states.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Samples clip after clip. Goes to a sampler.")],
         )
@@ -121,9 +126,11 @@ class ReuseAndDiffuse(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, continue_from: io.Latent.Type | None = None, **settings: object
-    ) -> io.NodeOutput:
-        return io.NodeOutput(reuse.apply_reuse(model, options.reuse_settings(**settings), continue_from))
+        cls, model: io.Model.Type, continue_from: io.Latent.Type | None = None, continue_from_path: object = None,
+        **settings: object,
+    ) -> io.NodeOutput:  # fmt: skip
+        how = options.reuse_settings(**settings)
+        return io.NodeOutput(reuse.apply_reuse(model, how, continue_from, continue_from_path))
 
 
 def _reuse_inputs() -> list[io.Input]:

@@ -87,7 +87,7 @@ def _decode_inputs() -> list[io.Input]:
             default=4,
             min=1,
             max=256,
-            tooltip="Frames worked on at once. More needs more memory and may be faster; the pixels are the same.",
+            tooltip="Most frames worked on at once; fewer where memory is short. The pixels are the same for any.",
         ),
         io.Int.Input(
             "clip_length",

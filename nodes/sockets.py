@@ -5,4 +5,6 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 MotionModuleSocket = io.Custom("MOTION_MODULE")
+LatentPathSocket = io.Custom("LATENT_PATH")
+VideoDatasetSocket = io.Custom("VIDEO_DATASET")
 CATEGORY = "latent motion"

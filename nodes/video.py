@@ -22,7 +22,7 @@ class LoadVideo(io.ComfyNode):
                     "video_file",
                     options=films.list_videos(),
                     upload=io.UploadType.video,
-                    tooltip="A file of ComfyUI's input folder. The button below uploads one.",
+                    tooltip="A file of ComfyUI's input folder, or the demo's clip. The button below uploads one.",
                 ),
                 *_time_inputs(),
                 *_size_inputs(),

@@ -5,6 +5,7 @@
     python3 scripts/run.py test [PYTEST ARGUMENT ...] run every test (or the paths under tests/ that are named)
     python3 scripts/run.py serve [--port N] [ARGUMENT ...]   ComfyUI with this pack, arguments go to its main.py
     python3 scripts/run.py bench [NAME [--json FILE]] run one measurement; without a name, list them
+    python3 scripts/run.py train RECIPE               train what a TOML or JSON file describes; Ctrl-C keeps the state
     python3 scripts/run.py train-demo [ARGUMENT ...]  train the demo models again
     python3 scripts/run.py lint                       check the style of the code
 
@@ -97,6 +98,16 @@ def in_pack(host: Host, cache: Path, module: str, arguments: list[str]) -> int:
     return subprocess.run(command, env=environment, check=False).returncode
 
 
+def train(host: Host, cache: Path, arguments: list[str]) -> int:
+    """Carry out a recipe. Ctrl-C and SIGTERM reach the training, which keeps its state before it ends."""
+    environment = os.environ | {"COMFYUI_PATH": str(host.path)}
+    command = [str(host.python(cache)), str(ROOT / "scripts" / "pack.py"), "nodes.recipe", *arguments]
+    process = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the training as well
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    return process.wait()
+
+
 def benchmarks() -> dict[str, str]:
     """Every file of bench/ that has a `main`, and the first line of its docstring."""
     found = {}
@@ -133,6 +144,7 @@ def run(verb: str, arguments: list[str], comfyui: str | None) -> int:
         "test": lambda: run_tests(find(comfyui, cache), cache, arguments),
         "serve": lambda: serve(find(comfyui, cache), cache, arguments),
         "bench": lambda: bench(lambda: find(comfyui, cache), cache, arguments),
+        "train": lambda: train(find(comfyui, cache), cache, arguments),
         "train-demo": lambda: in_pack(find(comfyui, cache), cache, "demo.train", arguments),
         "lint": lambda: lint(find(comfyui, cache), cache, arguments),
     }

@@ -14,12 +14,16 @@ from safetensors.torch import load_file, save_file
 from ..motion_modules.errors import TrainingError
 
 
-def save_weights(path: Path, weights: dict[str, torch.Tensor], recipe: dict[str, Any], dtype=torch.float16) -> None:
-    """Write `weights` as `dtype`, with `recipe` (anything JSON can hold) under the metadata key `recipe`."""
+def save_weights(path: Path, weights: dict[str, torch.Tensor], recipe: dict[str, Any], dtype=torch.float16,
+                 about: dict[str, str] | None = None) -> None:  # fmt: skip
+    """Write `weights` as `dtype`, with `recipe` (anything JSON can hold) under the metadata key `recipe`.
+
+    about: further metadata.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    save_file(tensors, beside, metadata={"recipe": json.dumps(recipe, sort_keys=True)})
+    save_file(tensors, beside, metadata={**(about or {}), "recipe": json.dumps(recipe, sort_keys=True)})
     os.replace(beside, path)
 
 

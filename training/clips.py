@@ -29,7 +29,7 @@ class Clips:
     drop: float = 0.1
 
     def __post_init__(self) -> None:
-        needed = (self.frames - 1) * self.stride + 1
+        needed = span_of(self.frames, self.stride)
         for number, clip in enumerate(self.latents, 1):
             if len(clip) < needed:
                 every = f" with a stride of {self.stride}" if self.stride > 1 else ""
@@ -54,7 +54,7 @@ class Clips:
         latents, captions = [], []
         for _ in range(batch):
             number = int(torch.randint(len(self.latents), (), generator=generator))
-            clip, span = self.latents[number], (self.frames - 1) * self.stride + 1
+            clip, span = self.latents[number], span_of(self.frames, self.stride)
             first = int(torch.randint(len(clip) - span + 1, (), generator=generator))
             latents.append(clip[first : first + span : self.stride])
             dropped = float(torch.rand((), generator=generator)) < self.drop
@@ -62,26 +62,21 @@ class Clips:
         return torch.cat(latents), captions
 
 
-def cut(latents: Tensor, length: int, text: str) -> tuple[tuple[Tensor, ...], tuple[str, ...]]:
-    """Split a batch into clips, and a text into their captions: one line for each, or one for all.
+def span_of(frames: int, stride: int) -> int:
+    """Pictures from the first to the last of `frames` that are `stride` apart."""
+    return (frames - 1) * stride + 1
 
-    Shapes: latents (n length, c, h, w) -> n times (length, c, h, w); a length of 0 is all of them.
-    """
-    length = length or len(latents)
-    if not len(latents) or len(latents) % length:
-        raise TrainingError(
-            f"{len(latents)} frames are no whole number of clips of {length}. Set clip_length to 0 if they are one "
-            "clip."
-        )
-    clips = latents.split(length)
+
+def captions_for(clips: int, text: str) -> tuple[str, ...]:
+    """The lines of a text as captions, or its only line for each of the clips. Raises TrainingError."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise TrainingError("The clips have no caption. Write what they show, leaving out the motion to be learned.")
-    if len(lines) not in (1, len(clips)):
+    if len(lines) not in (1, clips):
         raise TrainingError(
-            f"There are {len(clips)} clips and {len(lines)} captions. Write one line for each clip, or one for all."
+            f"There are {clips} clips and {len(lines)} captions. Write one line for each clip, or one for all."
         )
-    return clips, tuple(lines * len(clips) if len(lines) == 1 else lines)
+    return tuple(lines * clips if len(lines) == 1 else lines)
 
 
 def stratified(batch: int, count: int, generator: torch.Generator) -> Tensor:

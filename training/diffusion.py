@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 STEPS = 1000
@@ -42,3 +44,16 @@ def noise_error(predicted: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor
     if kept is None:
         return error.mean()
     return (error * (1 / kept).clamp(max=ceiling).to(error.device)).mean()
+
+
+def euler(clean_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], start: torch.Tensor,
+          sigmas: torch.Tensor) -> torch.Tensor:  # fmt: skip
+    """Follow the noise down: at each level, towards what `clean_of(x, sigma)` takes for the picture without noise.
+
+    Shapes: start as the latents, sigmas (steps + 1,), falling to 0. Source: Karras et al., arXiv 2206.00364, algorithm
+    1 without churn and correction.
+    """
+    x = start
+    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+        x = x + (x - clean_of(x, sigma)) * ((following - sigma) / sigma)
+    return x

@@ -32,6 +32,7 @@ class Recipe:
     average: float = 0.998  # decay of the averaged weights
     seed: int = 0
     accumulate: int = 1  # batches whose gradients make one step
+    beta2: float = 0.99  # memory of AdamW for the size of gradients
     about: str = ""  # of what is trained on what; another text is another run
 
     def rate(self, step: int) -> float:
@@ -105,8 +106,8 @@ class _Run:
         self.recipe, self.losses, self.scale = recipe, losses, scale
         self.masters = Masters(parameters)
         tensors = self.masters.tensors
-        decay = recipe.weight_decay
-        self.optimiser = torch.optim.AdamW(tensors.values(), lr=0.0, weight_decay=decay, betas=(0.9, 0.99))
+        how = {"weight_decay": recipe.weight_decay, "betas": (0.9, recipe.beta2)}
+        self.optimiser = torch.optim.AdamW(tensors.values(), lr=0.0, **how)
         self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.step = 0
         self.consistent = True  # weights, optimiser, average and step belong together

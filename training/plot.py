@@ -18,6 +18,16 @@ def means(losses: Sequence[float], points: int) -> list[float]:
     return [sum(losses[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
 
 
+def under(picture: Image.Image, strip: Image.Image | None) -> Image.Image:
+    """A picture with another of its width below, if there is one."""
+    if strip is None:
+        return picture
+    whole = Image.new("RGB", (picture.width, picture.height + strip.height), GROUND)
+    whole.paste(picture, (0, 0))
+    whole.paste(strip, (0, picture.height))
+    return whole
+
+
 def plot(losses: Sequence[float], total: int, title: str) -> Image.Image:
     """Draw every loss faintly and their means on top, over the `total` steps of the run, under a title."""
     picture = Image.new("RGB", SIZE, GROUND)

@@ -15,5 +15,5 @@ export function shownSize(width, height) {
 
 // Whether a progress text is one of this pack's.
 export function isClipText(text) {
-  return /^(window|clip) \d+\/\d+, step \d+\/\d+$/.test(text ?? "");
+  return /^((window|clip) \d+\/\d+, step \d+\/\d+|(decoding )?\d+ frames? at once)(, about \d+ MiB.*)?$/.test(text ?? "");
 }

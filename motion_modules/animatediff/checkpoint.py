@@ -132,7 +132,7 @@ def _spec_of(weights: Mapping[str, Tensor], length: int | None, layout: str, nam
                                   "the file is damaged.")
     spec = MotionSpec(V3, ordered, length or 0, attentions=len(attentions))
     _check_slots(spec, name)
-    variant = _variant_of(spec, length, layout)
+    variant = variant_of(spec, length, layout)
     return replace(spec, variant=variant, positions=length or variant.positions)
 
 
@@ -156,7 +156,8 @@ def _check_slots(spec: MotionSpec, name: str) -> None:
                               f"{len(downs)} down and {len(ups)} up blocks); the file is cut short or mixed.")
 
 
-def _variant_of(spec: MotionSpec, length: int | None, layout: str) -> Variant:
+def variant_of(spec: MotionSpec, length: int | None, layout: str) -> Variant:
+    """Which published form a file with these slots, length of its tables and naming (`original`, `hotshot`) is of."""
     if layout == "hotshot":
         return HOTSHOT_XL
     if spec.levels == SDXL_LEVELS and not spec.has_mid:
@@ -241,6 +242,7 @@ OTHER_FILES: tuple[tuple[Test, str], ...] = (
      "is a whole image checkpoint. Load it with Load Checkpoint, and choose a motion module here."),
     (lambda t: not _has_motion(t) and (_any("decoder.up")(t) or _any("encoder.down")(t)),
      "is a VAE. Use the Load VAE node for it."),
+    (_any(".attn_temp."), "is a network tuned on one clip (Tune-A-Video). Load it with Load Tuned Video Model."),
     (lambda t: not _has_motion(t) and (_any("down_blocks.")(t) or _any("input_blocks.")(t)),
      "is a UNet for images. Use the Load Diffusion Model node for it, and choose a motion module here."),
     (lambda t: not _has_motion(t), "holds no motion module. Choose a file such as mm_sd_v15_v2, v3_sd15_mm, "

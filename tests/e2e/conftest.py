@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from demo_clips import provide_clips
 from host_server import HostServer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -33,7 +34,8 @@ def host_path() -> Path:
 def server(host_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostServer]:
     """A running server: `server.url`, `server.base` (its models/, input/, output/), `server.run(api_prompt)`."""
     base = tmp_path_factory.mktemp("server")
-    with HostServer(Path(sys.executable), host_path, base) as running:
+    provide_clips(base)
+    with HostServer(Path(sys.executable), host_path, base, ["--preview-method", "latent2rgb"]) as running:
         yield running
 
 

@@ -21,6 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from demo_clips import provide_clips  # noqa: E402
 from front_end import FrontEnd  # noqa: E402
 from host_server import HostServer  # noqa: E402
 from picture_workflows import save_small  # noqa: E402
@@ -32,6 +33,7 @@ SIZES = {
     "SaveVideo": (380, 490),
     "LatentMotionSaveVideo": (380, 490),
     "LatentMotionPromptTravel": (380, 230),
+    "LatentMotionLoadVideo": (340, 660),
     "PreviewAny": (380, 220),
 }
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
@@ -67,6 +69,14 @@ LAYOUTS = {
         "**MotionLoRA**\n\nA MotionLoRA changes how the motion module moves things; this one zooms in. Try a strength "
         "below 0, the zoom_out file, or two Load MotionLoRA nodes one after the other.",
     ),
+    "train_motion_lora": Layout(
+        (((NOTE, 1, 2), (4, 5, 11), (12, 13), (15,)), ((14,), (3, 6), (7,), (8, 9), (10,))),
+        "**Train MotionLoRA**\n\nThe image model draws eight stills, *Camera Motion Clips* zooms into them, and *Train "
+        "MotionLoRA* teaches the motion module that zoom. 16 steps only show how it works: set steps to 300 for these "
+        "models, 2000 for real ones. *Cancel* keeps what was learned; run again to go on.\n\nFor pictures or videos of "
+        "your own, connect *Load Video Dataset* to *clips*.",
+        ("Reference clips", "Training, and a clip with the new MotionLoRA"),
+    ),
     "image_lora_and_motion": Layout(
         (((NOTE, 1, 2), (11,), (3, 4, 5, 6), (7,), (8, 9), (10,)),),
         "**Image LoRA and motion**\n\nLoRAs for the image model are loaded before the motion module is applied. The "
@@ -98,6 +108,14 @@ LAYOUTS = {
         "frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents are still "
         "there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames also agree.",
     ),
+    "edit_a_video": Layout(
+        (((NOTE, 1, 2), (4, 5, 6), (3,), (7,), (11,)), ((16, 12), (13,), (14, 15), (8, 9), (10,))),
+        "**Edit a video**\n\n*DDIM Inversion* finds the noise from which the model samples a clip that is there. "
+        "Sampled from it with another prompt, the clip keeps its motion and layout. The node shows how close the clip "
+        "comes back without edits.\n\nFor a video of your own, put *Load Video (Lazy)* and *Get Video Components* "
+        "before *VAE Encode*, in place of the upper row's sampler. Leave add_noise off: the latent is noisy already.",
+        ("A clip to edit", "Up to its noise, and down again with another prompt"),
+    ),
     "image_to_video": Layout(
         (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
         "**Image to video**\n\nThe first KSampler draws one image; its latent is repeated for 16 frames and sampled "
@@ -111,6 +129,15 @@ LAYOUTS = {
         "colours along the same path.\n\nThe ControlNet here belongs to the demo models. With a real checkpoint, "
         "choose a canny ControlNet for it.",
         ("First clip and its edges", "Second clip, along those edges"),
+    ),
+    "video_to_video": Layout(
+        (((NOTE,), (6,), (7,), (8, 9)), ((1, 2, 10), (4, 5), (3, 11), (12,), (13,), (14,))),
+        "**Video to video**\n\nA video is encoded, made noisy and sampled again with motion: *denoise* says how much "
+        "of it may change. The edges of its frames keep things in place. Here the demo's clip of a red circle is to "
+        "become a green one; upload your own with the button on *Load Video*.\n\nIt needs a ControlNet for the demo "
+        "models: models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny "
+        "ControlNet for it and set width and height to the checkpoint's size.",
+        ("A video, its frames and their edges", "The same video, drawn anew"),
     ),
 }
 
@@ -252,6 +279,7 @@ def draw(front_end: FrontEnd, name: str) -> Path:
 
 def main(names: list[str]) -> int:
     with tempfile.TemporaryDirectory() as base:
+        provide_clips(Path(base))
         server = HostServer(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]), Path(base))
         with server, FrontEnd(server, os.environ.get("CHROMIUM", "/usr/bin/chromium")) as front_end:
             for name in names or LAYOUTS:

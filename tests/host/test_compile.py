@@ -101,3 +101,17 @@ def test_settings_changed_after_compiling_count(run_node: Callable) -> None:
         clips.append(clip)
     assert not counters["graph_break"]
     assert all(a.shape != b.shape or relative_error(a, b) > 1e-3 for a, b in zip(clips, clips[1:], strict=False))
+
+
+def test_frame_attention_changed_after_compiling_counts(run_node: Callable) -> None:
+    """ST-Attention behind TorchCompileModel, by the images of one shape: every other choice is another clip."""
+    image, made = _image(), []
+    (compiled,) = run_node("TorchCompileModel", model=image, backend=Counting())
+    for mode, frames in (("first and previous", 0), ("first and previous", 2), ("full", 2)):
+        eager, clip = (
+            tiny_host.sample(run_node("LatentMotionSTAttention", model=model, keys_from=mode, joint_group_norm=False,
+                                      frames=frames)[0], 4, steps=1) for model in (image, compiled))  # fmt: skip
+        assert relative_error(clip, eager) < 1e-5, (mode, frames)
+        made.append(clip)
+    assert not counters["graph_break"]
+    assert all(relative_error(a, b) > 1e-3 for a, b in zip(made, made[1:], strict=False))

@@ -10,10 +10,13 @@ import comfy.samplers
 import pytest
 import tiny_host
 import torch
-from helpers_motion import Pair, relative_error
-from latentmotion.host import options
-from latentmotion.host.context import SlidingContext, apply_context, step_of
+from helpers_motion import SMALL, SMALL_WIDTHS, Pair, inflate, motion_module, relative_error
+from latentmotion.host import conditioning, options
+from latentmotion.host.conditioning import ControlSlices, cut_conds
+from latentmotion.host.context import ContextWindow, SlidingContext, apply_context, step_of
+from latentmotion.motion_modules.animatediff.spec import HOTSHOT_XL, V1, V2, Variant
 from latentmotion.motion_modules.call import MotionCall
+from latentmotion.sampling.frame_values import frame_values
 from latentmotion.sampling.fuse import FuseMethod
 from latentmotion.sampling.noise import NoiseKind
 from latentmotion.sampling.windows import WindowPlan, WindowSchedule
@@ -60,12 +63,61 @@ def test_hints_and_masks_follow_the_frame(pair: Pair, run_node: Callable) -> Non
     assert relative_error(parts, whole) < 1e-4
 
 
+def test_hints_of_a_long_clip_are_not_kept_in_every_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    control = tiny_host.controlnet(**SMALL)
+    control.cond_hint_original = per_frame(1, 3, 64, 64)
+    row = control.cond_hint_original[0].nbytes
+    monkeypatch.setattr(conditioning, "MOST_KEPT", 9 * row)
+    slices, parts = ControlSlices(), []
+    for start in (0, 1, 2, 3, 0):
+        frames = list(range(start, start + LENGTH))
+        part = slices.cut(control, frames)
+        assert torch.equal(part.cond_hint_original, control.cond_hint_original[frames])
+        assert slices.cut(control, frames) is part, "prompts of a window share it"
+        parts.append(part)
+    assert slices.kept_bytes == 8 * row and parts[4] is parts[0], "two windows are kept"
+    assert slices.cut(control, [2, 3, 4, 5]) is not parts[2]
+
+
 def test_inpainting_mask_follows_the_frame(pair: Pair) -> None:
     mask, start = per_frame(3, 1, 8, 8).round(), per_frame(4, 4, 8, 8)
     whole, parts = (
         tiny_host.sample(model, FRAMES, start=start, noise_mask=mask) for model in (pair.plain, windowed(pair.plain))
     )
     assert relative_error(parts, whole) < 1e-4
+
+
+def test_boxes_follow_the_frame() -> None:
+    """GLIGEN boxes given per frame, in the host's form for them, and such that hold for all frames."""
+    window, x = ContextWindow([5, 6, 0], 0, 7), torch.zeros(7, 4, 2, 2)
+    conds = [{"gligen": ("position_batched", "network", [f"box {i}" for i in range(7)])},
+             {"gligen": ("position", "network", ["box"])}]  # fmt: skip
+    cut = cut_conds(conds, x, window, ControlSlices(), None)
+    assert [cond["gligen"][2] for cond in cut] == [["box 5", "box 6", "box 0"], ["box"]]
+    assert len(conds[0]["gligen"][2]) == 7
+
+
+@pytest.mark.parametrize("variant", [V1, V2, HOTSHOT_XL], ids=lambda variant: variant.name)
+def test_a_window_is_a_clip_of_its_own(variant: Variant) -> None:
+    """Also for modules whose norms see all frames: side by side, windows are clips of the same noise."""
+    image = tiny_host.sd15(**SMALL)
+    module = motion_module(widths=SMALL_WIDTHS, layers=1, variant=variant)
+    video = inflate(image, module)
+    start = per_frame(5, 4, 8, 8)[: 2 * LENGTH]
+    settings = {"steps": 1, "cfg": 1.0, "denoise": 0.6}
+    side_by_side = windowed(video, WindowSchedule.BATCHED, overlap=0, noise=NoiseKind.REPEATED)
+    whole = tiny_host.sample(side_by_side, 2 * LENGTH, start=start, **settings)
+    clips = [tiny_host.sample(video, LENGTH, start=part, **settings) for part in start.split(LENGTH)]
+    assert relative_error(whole, torch.cat(clips)) < 1e-4
+    assert relative_error(clips[0], tiny_host.sample(image, LENGTH, start=start[:LENGTH], **settings)) > 1e-3
+
+
+def test_strength_per_frame_follows_the_window(pair: Pair) -> None:
+    """Motion on the last 7 of 11 frames only: the window before them is the image model's, those within are not."""
+    video = pair.video(strength=frame_values(1.0, [0.0] * 4 + [1.0] * 7))
+    found = tiny_host.sample(windowed(video, fuse=FuseMethod.FLAT, overlap=0), FRAMES, steps=1)
+    plain = tiny_host.sample(pair.plain, FRAMES, steps=1)
+    assert relative_error(found[:4], plain[:4]) < 1e-5 and relative_error(found[8:], plain[8:]) > 1e-3
 
 
 @pytest.mark.parametrize("sampler", ["dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "heun", "dpmpp_2m", "ddim", "lcm"])

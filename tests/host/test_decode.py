@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from types import SimpleNamespace
+from typing import Any
 
 import comfy.model_management
 import comfy.sd
@@ -11,6 +15,8 @@ import pytest
 import torch
 from helpers_vae import clip, image_vae, svd_vae, vidrd_vae, whole
 from latentmotion.bench.side_by_side import peak_bytes
+from latentmotion.host import memory
+from latentmotion.host import vae as host_vae
 from latentmotion.host.vae import EXACT, STREAMING, ClipDecoder, DecodeSettings
 from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
 from latentmotion.motion_modules.temporal_vae import decode
@@ -157,25 +163,61 @@ def test_cancel_and_unloading_between_chunks(svd: comfy.sd.VAE, mode: str) -> No
         next(frames)
 
 
-def out_of_memory(layer: nn.Module, refuse: Callable[[Tensor], bool]) -> Iterator[None]:
-    """While it lasts `layer` runs out of memory for some inputs."""
+def out_of_memory(layer: nn.Module, refuse: Callable[[Tensor], bool], error: Exception | None = None) -> Any:
+    """Until the handle is removed, `layer` runs out of memory for some inputs."""
 
     def check(_: nn.Module, inputs: tuple[Tensor]) -> None:
         if refuse(inputs[0]):
-            raise comfy.model_management.OOM_EXCEPTION("injected: out of memory")
+            raise error or comfy.model_management.OOM_EXCEPTION("injected: out of memory")
 
     return layer.register_forward_pre_hook(check)
 
 
 @pytest.mark.parametrize("mode", [EXACT, STREAMING])
-def test_out_of_memory_means_fewer_frames_at_once(svd: comfy.sd.VAE, mode: str) -> None:
+@pytest.mark.parametrize("error", [None, RuntimeError("DefaultCPUAllocator: not enough memory")], ids=["GPU", "CPU"])
+def test_out_of_memory_means_fewer_frames_at_once(svd: comfy.sd.VAE, mode: str, error: Exception | None) -> None:
     latent = clip(LONG)
     expected = decoded(svd, latent, mode)
-    handle = out_of_memory(svd.first_stage_model.decoder.mid.attn_1, lambda x: len(x) > 2)
+    handle = out_of_memory(svd.first_stage_model.decoder.mid.attn_1, lambda x: len(x) > 2, error)
     try:
         assert_same(decoded(svd, latent, mode, 8), expected)
     finally:
         handle.remove()
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+def test_free_memory_chooses_the_chunk_and_no_pixel(
+    svd: comfy.sd.VAE, mode: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    latent = clip(LONG)
+    expected = decoded(svd, latent, mode, 8)
+    decoder = ClipDecoder(svd, DecodeSettings(mode, 8))
+    for frames in (8, 2, 1):
+        room = decoder._needs(latent, frames)
+        monkeypatch.setattr(memory, "_free", lambda device, room=room: (room + 5, 5))
+        with caplog.at_level(logging.INFO):
+            chunks = list(decoder.frames(latent))
+        assert_same(torch.cat(chunks), expected)
+        assert max(map(len, chunks)) <= frames
+        assert re.search(rf"decoding {frames} frames? at once, about \d+ MiB of \d+ MiB free", caplog.text)
+
+
+def test_a_vae_for_images_gets_fewer_frames_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    vae, latent = image_vae(), clip(5)
+    expected = vae.decode(latent)
+    one = vae.memory_used_decode(latent[:1].shape, vae.vae_dtype)
+    monkeypatch.setattr(memory, "_free", lambda device: (3.5 * one, 0))
+    chunks = list(ClipDecoder(vae).frames(latent))
+    assert [len(part) for part in chunks] == [2, 2, 1]
+    torch.testing.assert_close(torch.cat(chunks), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_encoding_gives_the_same_however_it_is_cut(vae: comfy.sd.VAE) -> None:
+    """Why there is no node for it: the encoders look at one frame at a time."""
+    pictures = torch.rand(5, 24, 16, 3, generator=torch.Generator().manual_seed(0))
+    whole, single = vae.encode(pictures), torch.cat([vae.encode(picture[None]) for picture in pictures])
+    assert whole.std() > 0.05
+    torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
 
 
 def test_out_of_memory_in_the_middle_of_a_clip(svd: comfy.sd.VAE) -> None:
@@ -249,3 +291,14 @@ def test_node(vae: comfy.sd.VAE, run_node: Callable[..., tuple]) -> None:
     assert torch.equal(samples["samples"], latent)
     with pytest.raises(ValueError, match="none of its choices"):
         run_node("LatentMotionTemporalVAEDecode", **inputs | {"mode": "fast"})
+
+
+def test_the_node_says_what_decoding_takes_although_another_one_saves(
+    svd: comfy.sd.VAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    monkeypatch.setattr(host_vae, "watching_page", lambda: SimpleNamespace(say=said.append))
+    film = host_vae.decode_video(svd, {"samples": clip(5)}, Fraction(8), DecodeSettings(EXACT, 4))
+    monkeypatch.setattr(host_vae, "watching_page", lambda: pytest.fail("that would be the node that saves"))
+    assert not said and len(film.get_components().images) == 5
+    assert re.fullmatch(r"decoding 4 frames at once, about \d+ MiB of \d+ MiB free", *said)

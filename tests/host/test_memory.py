@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.model_patcher import ModelPatcher
 from helpers_motion import SMALL, SMALL_WIDTHS, Pair, motion_module, relative_error
 from latentmotion.bench.memory import bounds_of, estimate_errors
+from latentmotion.host import memory
 from latentmotion.host.context import SlidingContext, apply_context
 from latentmotion.host.memory import LEAST_SLAB, MemoryRun, slab_bytes, with_less
 from latentmotion.motion_modules.animatediff.network import FeedForward, TemporalAttention
@@ -173,6 +174,24 @@ def test_the_host_reserves_what_modules_need(
     need = bounds_of(video).footprint(video.model, [2 * FRAMES, 4, 8, 8], slab_bytes(torch.device("cpu"))).peak
     assert found == need
     assert any(f"on {FRAMES} frames of 8x8 latents needs about" in record.message for record in caplog.records)
+
+
+def test_free_memory_chooses_the_pieces_and_no_frame(small: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same seed, same clip on a machine with no room to spare."""
+    video = apply_context(small.video(), SlidingContext(WindowPlan(length=4, overlap=2)))
+    slabs, clips, real = [], [], memory.plan
+
+    def plan(run: MemoryRun, *args: Any) -> str:
+        line = real(run, *args)
+        slabs.append(run.slab_on(torch.device("cpu")))
+        return line
+
+    monkeypatch.setattr(memory, "plan", plan)
+    for free in (2**40, 0):
+        monkeypatch.setattr(memory, "_free", lambda device, free=free: (free, 0))
+        clips.append(tiny_host.sample(video, 7, steps=1))
+    assert slabs == [slab_bytes(torch.device("cpu")), LEAST_SLAB]
+    assert relative_error(clips[1], clips[0]) < 1e-4
 
 
 @pytest.mark.parametrize("context_first", [False, True])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import io
 import itertools
+import re
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.latent_formats
+import comfy.model_management
 import latent_preview
 import pytest
 import tiny_host
@@ -21,6 +23,7 @@ from helpers_motion import Pair
 from latentmotion.host import preview
 from latentmotion.host.context import SlidingContext, apply_context
 from latentmotion.host.reuse import apply_reuse
+from latentmotion.motion_modules.animatediff.network import FeedForward
 from latentmotion.sampling.reuse import Reuse
 from latentmotion.sampling.sheet import Sheet, spread
 from latentmotion.sampling.windows import WindowPlan
@@ -158,14 +161,39 @@ def test_host_formats_are_painted_as_the_host_paints_them(latent_format: Any) ->
     assert own.tobytes() == host.decode_latent_to_preview(x0).tobytes()
 
 
+def without_memory(page: Server, frames: int) -> list[str]:
+    """Lines of node 7 after the first, which says how much memory `frames` frames take and is taken off the others."""
+    assert {node for _, node in page.texts} == {"7"}
+    first, *texts = (text for text, _ in page.texts)
+    found = re.fullmatch(rf"{frames} frames at once(, about [1-9]\d* MiB) of \d+ MiB free", first)
+    assert found and all(text.endswith(found[1]) for text in texts)
+    return [text.removesuffix(found[1]) for text in texts]
+
+
 def test_progress_text_names_window_and_step(pair: Pair, page: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(args, "preview_method", LatentPreviewMethod.NoPreviews)
     tiny_host.sample(apply_context(pair.video(), SlidingContext(WindowPlan(length=4, overlap=2))), FRAMES)
-    assert page.texts == [(f"window {k}/2, step {step}/2", "7") for step in (1, 2) for k in (1, 2)]
+    assert without_memory(page, 4) == [f"window {k}/2, step {step}/2" for step in (1, 2) for k in (1, 2)]
     assert not page.previews
+
+
+def test_progress_text_says_that_memory_ran_out(pair: Pair, page: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = FeedForward.forward, []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if not failed:
+            failed.append(1)
+            raise comfy.model_management.OOM_EXCEPTION("injected")
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeedForward, "forward", failing)
+        tiny_host.sample(apply_context(pair.video(), SlidingContext(WindowPlan(length=4, overlap=2))), FRAMES, steps=1)
+    said = [text.endswith(", in smaller pieces since it ran out") for text, _ in page.texts]
+    assert said == [False, False, True], "from the window behind the one that ran out"
 
 
 def test_progress_text_names_clip_and_step(pair: Pair, page: Server) -> None:
     tiny_host.sample(apply_reuse(pair.video(), Reuse(3, 1)), FRAMES, steps=2, callback=heard([]))
-    assert page.texts == [(f"clip {clip}/2, step {step}/2", "7") for clip in (1, 2) for step in (1, 2)]
+    assert without_memory(page, 3) == [f"clip {clip}/2, step {step}/2" for clip in (1, 2) for step in (1, 2)]
     assert [sent["count"] for sent in page.previews] == [3, 3, 3, 6], "the clip that is made, at the end all of them"

@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 FROZEN: dict[str, dict[str, Any]] = json.loads((HERE / "schemas.json").read_text(encoding="utf-8"))
 HELP = HERE.parent.parent / "js" / "docs"
 # Read from folders, so the list is the user's own.
-FILES = {"motion_module", "motion_lora", "vae_name", "video_file"}
+FILES = {"motion_module", "motion_lora", "tuned_model", "vae_name", "video_file"}
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,74 +11,21 @@ import pytest
 import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
-from helpers_motion import SMALL, SMALL_WIDTHS, inflate, motion_module
-from latentmotion.host import options, paths, train
+from helpers_motion import inflate
+from helpers_train import FRAMES, WIDGETS, Pictures, Recorder, Text, small_module, traces
+from latentmotion.host import options, train
 from latentmotion.host.motion import MotionModule, add_motion_lora
 from latentmotion.motion_modules.animatediff.spec import V1, V2
 from latentmotion.motion_modules.errors import LatentMotionError
-from torch import Tensor, nn
+from torch import Tensor
 
-FRAMES, SIZE = 4, 32
-WIDGETS = {
-    "file_name": "learned", "rank": 4, "alpha": 8.0, "steps": 6, "learning_rate": 0.02, "frames": FRAMES, "stride": 1,
-    "clip_length": 0, "batch_size": 2, "accumulate": 1, "seed": 3, "gradient_checkpointing": True, "save_every": 100,
-    "existing": "go on",
-}  # fmt: skip
+pytest_plugins = ["helpers_train_fixtures"]
+
+SIZE = 32
 KEY = re.compile(
     r"(down_blocks\.\d|up_blocks\.\d|mid_block)\.motion_modules\.\d\.temporal_transformer\.transformer_blocks\.0\."
     r"attention_blocks\.[01]\.processor\.to_(q|k|v|out)_lora\.(down|up)\.weight"
 )
-
-
-class Text:
-    """Stands for a CLIP: a caption is a row of numbers made from its letters, and asked for once."""
-
-    def __init__(self) -> None:
-        self.asked: list[str] = []
-
-    def tokenize(self, text: str) -> str:
-        return text
-
-    def encode_from_tokens_scheduled(self, text: str) -> list:
-        self.asked.append(text)
-        generator = torch.Generator().manual_seed(sum(map(ord, text)))
-        return [[torch.randn(1, 7, 32, generator=generator), {"pooled_output": None}]]
-
-
-class Pictures:
-    """Stands for a VAE: latents are the pictures' coarse colours and their brightness."""
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        coarse = nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 8 - 4, 8)
-        return torch.cat((coarse, coarse.mean(1, keepdim=True)), dim=1)
-
-
-class Recorder:
-    """Stands for the progress of a run; `at(step)` may do what a test wants to happen then."""
-
-    def __init__(self, at: Callable[[int], None] | None = None) -> None:
-        self.losses: list[float] = []
-        self.at = at
-
-    def __call__(self, name: str, total: int, losses: list[float]) -> Callable:
-        self.losses = losses
-        return lambda step, total, loss: self.at and self.at(step)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(paths.folder_paths, "get_folder_paths", lambda name: [str(tmp_path)])
-    monkeypatch.setattr(paths.folder_paths, "get_full_path", lambda _, name: str(tmp_path / name))
-    return tmp_path
-
-
-@pytest.fixture
-def model() -> ModelPatcher:
-    return tiny_host.sd15(**SMALL)
-
-
-def small_module(**layout: Any) -> MotionModule:
-    return motion_module(widths=SMALL_WIDTHS, layers=1, **layout)
 
 
 def clip_of_a_moving_edge() -> Tensor:
@@ -88,9 +34,10 @@ def clip_of_a_moving_edge() -> Tensor:
     return (columns < edge).float().expand(FRAMES, SIZE, SIZE, 3)
 
 
-def learn(model: ModelPatcher, module: MotionModule, monkeypatch: Any, at: Any = None, **widgets: Any) -> tuple:
+def learn(model: ModelPatcher, module: MotionModule, monkeypatch: Any, at: Any = None,
+          recorder: Recorder | None = None, **widgets: Any) -> tuple:  # fmt: skip
     """(motion module with the new LoRA, losses), as the node does it."""
-    recorder, how = Recorder(at), options.lora_training(**WIDGETS | widgets)
+    recorder, how = recorder or Recorder(at), options.lora_training(**WIDGETS | widgets)
     monkeypatch.setattr(train, "TrainingProgress", recorder)
     try:
         made = train.train_motion_lora(model, module, Text(), Pictures(), clip_of_a_moving_edge(), "an edge", how)
@@ -98,14 +45,6 @@ def learn(model: ModelPatcher, module: MotionModule, monkeypatch: Any, at: Any =
         error.losses = recorder.losses
         raise
     return made, recorder.losses
-
-
-def traces(*networks: nn.Module) -> list[tuple]:
-    """What must be as it was: which objects the weights are, what they ask for, what hangs on the layers."""
-    tensors = [(id(p), p.requires_grad, p.is_inference()) for n in networks for p in n.parameters()]
-    layers = [(id(m), tuple(vars(m).get("_forward_hooks", ())), "forward" in vars(m)) for n in networks
-              for m in n.modules()]  # fmt: skip
-    return [*tensors, *layers]
 
 
 def test_what_is_learned_is_in_the_file_and_nothing_else_changed(model, folder, monkeypatch):
@@ -212,10 +151,26 @@ def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch)
         learn(inflate(model, module), module, monkeypatch)
 
 
-def test_captions_are_read_once_and_belong_to_their_clips():
-    latents = torch.zeros(6, 4, 2, 2)
-    clips, texts = train.cut(latents, 3, "first\nsecond")
-    assert [len(clip) for clip in clips] == [3, 3] and texts == ("first", "second")
+def test_clips_are_drawn_on_the_way_and_change_nothing(model, folder, monkeypatch):
+    shown: list[Any] = []
+
+    class Watcher(Recorder):
+        def __call__(self, *args: Any) -> Any:
+            shown.append(super().__call__(*args))
+            return shown[-1]
+
+    module = small_module()
+    _, plain = learn(model, module, monkeypatch, file_name="plain")
+    _, watched = learn(model, module, monkeypatch, recorder=Watcher(), file_name="watched", sample_every=3)
+    assert watched == plain
+    assert shown[0].strip.size == (480, 120)
+    low, high = shown[0].strip.convert("L").getextrema()
+    assert high > low
+    left, right = (tensors_of(folder / f"{name}.safetensors") for name in ("plain", "watched"))
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_captions_are_read_once():
     text = Text()
     train.encode_texts(text, [*dict.fromkeys(("a", "a", "b")), ""])
     assert text.asked == ["a", "b", ""]

@@ -283,6 +283,23 @@ def test_missing_files_and_sound_files_are_sentences(run_node: Callable, pack_no
         run_node("LatentMotionLoadVideo", video_file="text.mp4", **LOAD)
 
 
+def test_the_packs_own_clip_is_there_until_the_user_has_one_of_that_name(
+    base_directory: Path, run_node: Callable
+) -> None:
+    name = "latentmotion_toy_clip.mp4"
+    assert name in video.list_videos() and video.known_video(name) is True
+    loaded, frames, rate = run_node("LatentMotionLoadVideo", video_file=name, **LOAD)
+    assert (frames, rate, loaded.get_dimensions()) == (16, 8.0, (128, 128))
+    assert len(loaded.get_components().images) == 16
+    before, own = video.state_of(name), base_directory / "input" / name
+    write.write(clip_of_images(torch.rand(3, 32, 32, 3), RATE), own, write.Format.MP4, write.Writing(80))
+    try:
+        assert run_node("LatentMotionLoadVideo", video_file=name, **LOAD)[1] == 3
+        assert video.state_of(name) != before and video.list_videos().count(name) == 1
+    finally:
+        own.unlink()
+
+
 def test_the_hosts_own_videos_are_read_lazily(recording: str) -> None:
     path = Path(folder_paths.get_input_directory()) / recording
     whole = InputImpl.VideoFromFile(str(path))

@@ -30,6 +30,7 @@ FOLDERS = {
     "lora_name": "loras",
     "control_net_name": "controlnet",
 }
+AFTER_A_RUN = ("fixed", "increment", "decrement", "randomize")
 Prompt = dict[str, dict[str, Any]]
 
 
@@ -46,15 +47,18 @@ def model_files(prompt: Prompt) -> Iterator[tuple[str, str]]:
 
 
 def widgets_of(node: dict[str, Any]) -> dict[str, Any]:
-    """Widget values of a canvas node by name. The front end adds what happens to a seed after a run as one more."""
-    values = iter(node.get("widgets_values", []))
+    """Widget values of a canvas node by name. What happens to a seed after a run is one more, where a node lets it."""
+    values = list(node.get("widgets_values", []))
     found = {}
     for item in node.get("inputs", []):
         if "widget" in item:
-            found[item["widget"]["name"]] = next(values)
-            if item["name"] in ("seed", "noise_seed"):
-                assert next(values) == "fixed", f"node {node['id']}: a shipped workflow must give the same clip again"
-    assert not list(values), f"node {node['id']} ({node['type']}) has more values than widgets"
+            if item["widget"]["name"] == "upload":  # a button
+                values.pop(0)
+                continue
+            found[item["widget"]["name"]] = values.pop(0)
+            if item["name"] in ("seed", "noise_seed") and values and values[0] in AFTER_A_RUN:
+                assert values.pop(0) == "fixed", f"node {node['id']}: a shipped workflow must give the same clip again"
+    assert not values, f"node {node['id']} ({node['type']}) has more values than widgets"
     return found
 
 

@@ -72,6 +72,18 @@ def grey_film(
     return path
 
 
+def film_of(path: Path, pictures: torch.Tensor, rate: int = 10) -> Path:
+    """A film of pictures (f, h, w, 3) in 0..1."""
+    with av.open(str(path), "w") as output:
+        stream = output.add_stream("libx264", rate=rate)
+        stream.height, stream.width = pictures.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        for picture in (pictures * 255).round().byte().numpy():
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(stream.encode(None))
+    return path
+
+
 def numbers_of(pictures: torch.Tensor) -> list[int]:
     """Which frames of `grey_film` these are."""
     return [round((float(picture[-4:, -4:].mean()) * 255 - 20) / 6) for picture in pictures]

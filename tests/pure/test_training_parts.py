@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from latentmotion.motion_modules.animatediff.lora import published_key, read_motion_lora
-from latentmotion.motion_modules.errors import TrainingError
 from latentmotion.training.attention import over_frames
-from latentmotion.training.clips import EMPTY, Clips, cut, stratified
+from latentmotion.training.clips import EMPTY, Clips, stratified
+from latentmotion.training.diffusion import euler
 from latentmotion.training.estimate import Layer, run_bytes
-from latentmotion.training.plot import MEAN, means, plot
-from PIL import ImageColor
+from latentmotion.training.plot import MEAN, SIZE, means, plot, under
+from PIL import Image, ImageColor
 from torch import nn
 
 
@@ -45,16 +45,6 @@ def test_a_digest_tells_clips_apart():
     others = [numbered(4, frames=2), numbered(5, frames=3), numbered(4, frames=3, drop=0.2)]
     changed = Clips((plain.latents[0] + 1e-3,), plain.captions, frames=3)
     assert len({clips.digest() for clips in (plain, changed, *others)}) == 5
-
-
-@pytest.mark.parametrize(("length", "text", "sentence"), [
-    (4, "one", "no whole number of clips"),
-    (3, "  \n ", "no caption"),
-    (2, "one\ntwo", "3 clips and 2 captions"),
-])  # fmt: skip
-def test_what_cannot_be_cut_is_said(length: int, text: str, sentence: str):
-    with pytest.raises(TrainingError, match=sentence):
-        cut(torch.zeros(6, 4, 1, 1), length, text)
 
 
 def test_levels_cover_the_schedule_evenly():
@@ -93,3 +83,19 @@ def test_the_plot_falls_where_the_losses_fall():
     assert left[1] < right[1]  # downwards
     assert right[0] < 0.6 * picture.width  # half of the steps are done
     assert plot([], 10, "").size == picture.size and plot([float("nan")] * 3, 10, "").size == picture.size
+
+
+def test_a_strip_goes_under_the_plot():
+    picture, strip = plot([], 10, ""), Image.new("RGB", (SIZE[0], 30), "red")
+    assert under(picture, None) is picture
+    both = under(picture, strip)
+    assert both.size == (SIZE[0], SIZE[1] + 30) and both.getpixel((5, SIZE[1] + 5)) == (255, 0, 0)
+
+
+def test_following_the_noise_down_ends_at_the_picture():
+    """A normal distribution of variance 1: its best guess is x / (1 + sigma^2), its path x / sqrt(1 + sigma^2)."""
+    start = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0)) * 10
+    sigmas = torch.cat([torch.logspace(1, -2, 400), torch.zeros(1)])
+    found = euler(lambda x, sigma: x / (1 + sigma**2), start, sigmas)
+    assert torch.allclose(found, start / 101**0.5, rtol=0.02)
+    assert torch.allclose(euler(lambda x, sigma: torch.ones_like(x), start, sigmas), torch.ones(1), atol=1e-5)

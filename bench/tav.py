@@ -1,0 +1,152 @@
+"""Tune-A-Video on full-size SD1.5: one call against an independent float64 network, and what tuning trains."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..host import tune
+from ..host.train import Conditions, working_type
+from ..host.tuned import apply_tuned, names_of, original_weight, places_of, slots_of
+from ..motion_modules.tune_a_video.checkpoint import QUERIES, TunedFile
+from ..motion_modules.tune_a_video.network import Slots, temporal_shapes, trained_shapes
+from ..training.attention import attention
+from ..training.clips import Clips
+from ..training.frozen import frozen, training
+from .motion import SD15, image_model
+from .side_by_side import device_name, in_turn, median_ratio, report
+from .tav_reference import TunedUNet
+
+STEP = 500
+
+
+def tuned_file(model: ModelPatcher, seed: int = 0) -> TunedFile:
+    """A whole UNet as the authors save it: the MODEL's own weights, other queries, and T-Attn that does something."""
+    slots, generator = slots_of(model), torch.Generator().manual_seed(seed)
+    temporal = {name: seeded(name, shape, generator) for name, shape in temporal_shapes(slots).items()}
+    weight_of, own = original_weight(model), model.model.diffusion_model.state_dict()
+    weights = {theirs: weight_of(theirs) for theirs, ours in names_of(model).items() if ours in own}
+    for slot, channels in slots:
+        for part in QUERIES:
+            change = 0.2 * seeded("weight", (channels, channels), generator)
+            weights[f"{slot}.{part}.weight"] = weights[f"{slot}.{part}.weight"] + change
+    return TunedFile("tuned on one clip", slots, temporal, weights=weights)
+
+
+def seeded(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Matrices keep the variance of what they multiply, norms are near one, biases near zero."""
+    values = torch.randn(shape, generator=generator)
+    if len(shape) > 1:
+        return values * shape[1] ** -0.5
+    return 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
+
+
+def predicted_noise(model: ModelPatcher, x: Tensor, text: Tensor) -> Tensor:
+    """What the network takes for noise in x, in one call as a sampler makes it.
+
+    Shapes: x (f, c, h, w), text (1, n, c) -> (f, c, h, w).
+    """
+    comfy.model_management.load_models_gpu([model, *model.get_nested_additional_models()])
+    model.pre_run()
+    options = {**model.model_options["transformer_options"], "cond_or_uncond": [0], "wrappers": model.wrappers,
+               "callbacks": model.callbacks}  # fmt: skip
+    sigma = model.get_model_object("model_sampling").sigmas[STEP].to(x)
+    text = text.expand(len(x), -1, -1)
+    clean = model.model.apply_model(x, sigma.expand(len(x)), c_crossattn=text, transformer_options=options)
+    return (x.double() - clean.double()) / sigma.double()
+
+
+def parity(model: ModelPatcher, file: TunedFile, frames: int, size: int) -> float:
+    """Largest difference between the pack's call and the float64 network's, as a share of the largest value."""
+    x = torch.randn(frames, 4, size, size, generator=torch.Generator().manual_seed(2))
+    width = model.model.model_config.unet_config["context_dim"]
+    text = torch.randn(1, 77, width, generator=torch.Generator().manual_seed(3))
+    device = model.load_device
+    found = predicted_noise(apply_tuned(model, file), x.to(device), text.to(device)).cpu()
+    sigma = model.get_model_object("model_sampling").sigmas[STEP].double().cpu()
+    scaled = (x.double() / (sigma**2 + 1) ** 0.5).transpose(0, 1)[None]
+    heads = model.model.diffusion_model.middle_block[1].transformer_blocks[0].n_heads
+    expected = TunedUNet({**file.weights, **file.temporal}, heads)(scaled, STEP, text)[0].transpose(0, 1)
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def step_calls(model: ModelPatcher, frames: int, size: int) -> tuple[ExitStack, dict[str, Callable[[], None]]]:
+    """Forward and backward of the plain UNet on the frames as images, and of the tuned one on them as a clip.
+
+    In both the query projections are trained, layers are computed once, and attention is the same function.
+    Returns what keeps the host's weights out of the training, to be closed, and the two calls.
+    """
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    model.pre_run()
+    unet, width = model.model.diffusion_model, model.model.model_config.unet_config["context_dim"]
+    places = places_of(model)
+    names = {f"{slot}.{part}.weight": f"{places[slot]}.{part}" for slot in places for part in QUERIES}
+    stack = ExitStack()
+    stack.enter_context(training())
+    stack.enter_context(frozen(model.model))
+    stack.callback(model.cleanup)
+    network = tune.new_network(model, 0)
+    clips = Clips((torch.randn(frames, 4, size, size),), ("",), frames, drop=0.0)
+    conditions = Conditions(model, {"": [[torch.randn(1, 77, width), {}]]}, clips)
+    own = {**model.model_options["transformer_options"], "optimized_attention_override": attention,
+           "cond_or_uncond": [0]}  # fmt: skip
+
+    def plain() -> None:
+        with tune.trainable(unet, names, working_type(model.model)):
+            tune.tuning_loss(model.model, clips, conditions, own)(0, torch.Generator().manual_seed(0)).backward()
+
+    def tuned() -> None:
+        with tune.tuned_unet(model, network, frames, recompute=False) as (_, options):
+            tune.tuning_loss(model.model, clips, conditions, options)(0, torch.Generator().manual_seed(0)).backward()
+
+    return stack, {"plain": plain, "tuned": tuned}
+
+
+def step_figures(model: ModelPatcher, frames: int, size: int, rounds: int) -> dict[str, float]:
+    """Time of a tuning step over the plain UNet's, as the median over rounds, and what FLOPs alone would make of it."""
+    stack, calls = step_calls(model, frames, size)
+    flops = {}
+    with stack:
+        for name, call in calls.items():
+            with FlopCounterMode(display=False) as counter:
+                call()
+            flops[name] = counter.get_total_flops()
+        seconds = in_turn(calls, rounds)
+    return {
+        "tav.step_over_plain": median_ratio(seconds["tuned"], seconds["plain"]),
+        "tav.step_flops_over_plain": flops["tuned"] / flops["plain"],
+        "tav.step_seconds": min(seconds["tuned"]),
+    }
+
+
+def trained_parameters(slots: Slots) -> int:
+    return sum(torch.Size(shape).numel() for shape in trained_shapes(slots).values())
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="bench tav", description=__doc__)
+    parser.add_argument("--size", type=int, default=128, help="pixels a side")
+    parser.add_argument("--frames", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=0, help="time training steps in so many rounds as well")
+    parser.add_argument("--json", help="write the figures to this file")
+    args: Any = parser.parse_args(argv)
+    print(f"SD1.5's UNet on {args.frames} frames of {args.size}x{args.size}, float32 on {device_name()}")
+    with torch.inference_mode():
+        model = image_model(torch.float32, SD15)
+        figures = {
+            "tav.trained_parameters": trained_parameters(slots_of(model)),
+            "tav.parity": parity(model, tuned_file(model), args.frames, args.size // 8),
+        }
+        if args.rounds:
+            figures |= step_figures(model, args.frames, args.size // 8, args.rounds)
+    print(f"relative error {figures['tav.parity']:.2e}")
+    report(figures, args.json)
+    return 0

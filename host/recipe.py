@@ -1,0 +1,144 @@
+"""A training written down in a file: what it says, and the models it names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ..motion_modules.animatediff.checkpoint import read_motion_module
+from ..motion_modules.errors import TrainingError
+from ..motion_modules.files import read_weights
+from . import demo_models, paths
+from .motion import manage
+
+DEMO = "demo"
+FOLDERS = ("checkpoints", "vae", "loras", "text_encoders", "diffusion_models", paths.MOTION_MODULES, paths.MOTION_LORAS)
+
+
+@dataclass(frozen=True)
+class TrainingFile:
+    """What a recipe file says.
+
+    checkpoint: file of the image model, or `demo`. models: a models folder to look names up in and write to.
+    loras: LoRAs of the image model with their strengths. data, camera, settings: widgets of the nodes by name.
+    """
+
+    path: Path
+    training: str
+    checkpoint: str
+    motion_module: str = ""
+    vae: str = ""
+    models: str = ""
+    loras: dict[str, float] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    camera: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def beside(self, name: str) -> Path:
+        """A path as the file means it: relative to its own folder."""
+        return self.path.parent / Path(name).expanduser()
+
+
+def read_training_file(path: Path) -> TrainingFile:
+    """Read a recipe, TOML or JSON. Raises TrainingError with a sentence for the person who wrote it."""
+    if not path.is_file():
+        raise TrainingError(f"There is no file {path}. Name a recipe: a TOML or JSON file.")
+    try:
+        said = _parsed(path)
+    except ValueError as error:
+        raise TrainingError(f"{path.name} cannot be read ({error}). Mend that line; strings need quotation marks."
+                            ) from error  # fmt: skip
+    known = [name for name in TrainingFile.__dataclass_fields__ if name != "path"]
+    unknown = sorted(set(said) - set(known))
+    if unknown:
+        raise TrainingError(f"{path.name} says {unknown[0]}, which no recipe has. There are: {', '.join(known)}.")
+    absent = [name for name in ("training", "checkpoint") if not said.get(name)]
+    if absent:
+        raise TrainingError(f'{path.name} does not say {" and ".join(absent)}. Add a line such as {absent[0]} = "...".')
+    for name, value in said.items():
+        kind = dict if name in ("loras", "data", "camera", "settings") else str
+        if not isinstance(value, kind):
+            raise TrainingError(f"{path.name}: {name} is {value!r}, where {'a table' if kind is dict else 'text'} is "
+                                "needed.")  # fmt: skip
+    return TrainingFile(path.absolute(), **said)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix.lower() == ".json":
+        said = json.loads(text)
+    elif find_spec("tomllib"):
+        said = import_module("tomllib").loads(text)
+    else:
+        raise TrainingError("This Python is older than 3.11 and reads no TOML. Write the recipe as JSON.")
+    if not isinstance(said, dict):
+        raise TrainingError(f"{path.name} holds a {type(said).__name__} where names with values are needed.")
+    return said
+
+
+@contextmanager
+def as_in_a_node() -> Iterator[None]:
+    """As the host's executor runs nodes."""
+    with torch.inference_mode():
+        yield
+
+
+def load_models(file: TrainingFile, with_motion: bool) -> dict[str, Any]:
+    """The sockets `model`, `clip`, `vae` and, where it is named or needed, `motion_module`.
+
+    Raises TrainingError, CheckpointError or ModelMismatchError where a file is missing or does not fit.
+    """
+    use_models(file)
+    if file.checkpoint == DEMO:
+        model, clip, vae = demo_models.load_unet(), demo_models.load_clip(), demo_models.load_vae()
+    else:
+        path = find(file, "checkpoints", file.checkpoint)
+        model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+    if file.vae:
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(find(file, "vae", file.vae)), safe_load=True))
+    for name, strength in file.loras.items():
+        lora = comfy.utils.load_torch_file(str(find(file, "loras", name)), safe_load=True)
+        model, clip = comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
+    sockets = {"model": model, "clip": clip, "vae": vae}
+    if file.motion_module:
+        path = find(file, paths.MOTION_MODULES, file.motion_module)
+        sockets["motion_module"] = manage(read_motion_module(read_weights(path), path.name), path.name)
+    elif with_motion:
+        raise TrainingError(f"{file.path.name} names no motion module, and this training needs one. Add "
+                            'motion_module = "mm_sd_v15_v2.ckpt", or whichever you have.')  # fmt: skip
+    return sockets
+
+
+def use_models(file: TrainingFile) -> None:
+    """Make the models folder of the recipe the first one the host looks into, and the one that is written to."""
+    paths.register_folders()
+    if not file.models:
+        return
+    root = file.beside(file.models)
+    if not root.is_dir():
+        raise TrainingError(f"{file.path.name} says models = {file.models}, and there is no folder {root}.")
+    for name in FOLDERS:
+        folder_paths.add_model_folder_path(name, str(root / name), is_default=True)
+
+
+def find(file: TrainingFile, folder: str, name: str) -> Path:
+    """A model by its path, or by its name in one of the host's folders. Raises TrainingError where it is neither."""
+    beside = file.beside(name)
+    if beside.is_file():
+        return beside
+    found = folder_paths.get_full_path(folder, name)
+    if found is None:
+        raise TrainingError(f"{file.path.name} names {name}, which is neither a file beside it nor one of the "
+                            f"{folder} folder: {', '.join(folder_paths.get_folder_paths(folder))}.")  # fmt: skip
+    return Path(found)

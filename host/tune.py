@@ -1,0 +1,205 @@
+"""One-shot tuning of an image MODEL on a clip (Tune-A-Video), inside a node."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ..media.clip import Clip, clip_of_images, part_of_clip
+from ..motion_modules.animatediff.spec import V2, MotionSpec
+from ..motion_modules.call import MotionCall
+from ..motion_modules.errors import ModelMismatchError, TrainingError
+from ..motion_modules.files import read_metadata, read_weights
+from ..motion_modules.tune_a_video.checkpoint import QUERIES, Base, portable, read_tuned
+from ..motion_modules.tune_a_video.network import TunedModel, initial_weights, trained_shapes
+from ..training.attention import attention, over_frames
+from ..training.clips import EMPTY, Clips
+from ..training.estimate import run_bytes
+from ..training.frozen import frozen, recomputed, training
+from ..training.loop import Recipe
+from . import attention as frames_of
+from . import inflate, tuned
+from .samples import Samples
+from .train import (
+    Conditions,
+    Training,
+    encode_pictures,
+    encode_texts,
+    fingerprint,
+    is_finished,
+    learn,
+    loss_scale,
+    noise_loss,
+    working_type,
+    write_file,
+)
+from .training_layers import heavy_layers, layers_of
+from .video import clip_of
+
+ABOUT = "clip, prompt or model"
+LOADERS = ("ckpt_name", "unet_name", "model_name", "model_path")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Training):
+    """What a MODEL is tuned by. base_name: file of the image model, as far as the graph tells."""
+
+    base_name: str = ""
+
+
+def loader_name(prompt: Mapping[str, Any] | None, node: str | None) -> str:
+    """File that the MODEL of a node was loaded from, by following the graph upwards; empty where it does not tell."""
+    seen = set()
+    while prompt and node in prompt and node not in seen:
+        seen.add(node)
+        inputs = prompt[node]["inputs"]
+        named = [inputs[name] for name in LOADERS if isinstance(inputs.get(name), str)]
+        if named:
+            return named[0]
+        node = inputs["model"][0] if isinstance(inputs.get("model"), list) else None
+    return ""
+
+
+def tune_video_model(model: ModelPatcher, clip: Any, vae: Any, video: Any, prompt: str, how: Tuning) -> ModelPatcher:
+    """Tune on the pictures of an IMAGE or VIDEO, write the file, and return the tuned MODEL.
+
+    The MODEL that comes in is not changed. On Cancel the state stays on the disk.
+    Raises TrainingError and ModelMismatchError with a sentence for the user.
+    """
+    frames_of.check_image_unet(model.get_model_object("diffusion_model"), "Tuning")
+    for key in (inflate.KEY, frames_of.KEY, tuned.KEY):
+        if model.get_wrappers(WrappersMP.APPLY_MODEL, key):
+            raise ModelMismatchError("This MODEL makes video already, and tuning makes it one by itself. Connect the "
+                                     "image model, from before nodes for motion and ST-Attention.")  # fmt: skip
+    if not prompt.strip():
+        raise TrainingError("The clip has no prompt. Write what it shows, and later change the words of it.")
+    film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
+    latents = encode_pictures(model, vae, chosen_frames(film, how.frames, how.stride))
+    clips = Clips((latents,), (prompt.strip(),), how.frames, drop=0.0)
+    _tune(model.clone(), clips, encode_texts(clip, [*clips.captions, EMPTY]), how)
+    file = read_tuned(read_weights(how.path), read_metadata(how.path), how.path.name)
+    return tuned.apply_tuned(model, file)
+
+
+def chosen_frames(film: Clip, frames: int, stride: int) -> Clip:
+    """The first frames, `stride` apart. Source: showlab/Tune-A-Video's data set."""
+    span = (frames - 1) * stride + 1
+    if film.frames < span:
+        raise TrainingError(f"The video has {film.frames} frames, and {frames} frames with a stride of {stride} need "
+                            f"{span}. Choose fewer frames or a smaller stride, or give a longer video.")  # fmt: skip
+
+    def chunks() -> Iterator[Tensor]:
+        at = 0
+        for chunk in part_of_clip(film, 0, span).chunks():
+            first = -at % stride
+            if first < len(chunk):
+                yield chunk[first::stride]
+            at += len(chunk)
+
+    return replace(film, frames=frames, chunks=chunks, sound=None)
+
+
+def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tuning) -> None:
+    slots, unet = tuned.slots_of(model), model.model.diffusion_model
+    base = tuned.base_of(model, how.base_name or "it was tuned on")
+    trained = sum(torch.Size(shape).numel() for shape in trained_shapes(slots).values())
+    layers = [replace(layer, scores=2 * layer.scores) for layer in  # two frames of keys
+              layers_of(unet, MotionSpec(V2, (), 0), clips.latents[0].shape[-2:], clips.frames)]  # fmt: skip
+    needed = run_bytes(trained, layers, clips.frames, working_type(model.model).itemsize, how.recompute)
+    log.info("Tuning %s: %.1f million numbers, about %.2f GB of memory besides the models",
+             how.path.name, trained / 1e6, needed / 1e9)  # fmt: skip
+    comfy.model_management.load_models_gpu([model], memory_required=needed, force_full_load=True)
+    model.pre_run()
+    try:
+        with training():
+            conditions = Conditions(model, contexts, clips)
+            with frozen(model.model):
+                settings = {"clip": clips.digest(), "model": fingerprint(unet)}
+                recipe = replace(how.recipe, about=json.dumps(settings, sort_keys=True))
+                if is_finished(how, recipe, ABOUT):
+                    return
+                network = new_network(model, recipe.seed)
+                with tuned_unet(model, network, clips.frames, how.recompute) as (parameters, options):
+                    write = _writer(parameters, base, recipe, how)
+                    loss_of = noise_loss(model.model, clips, conditions, options, recipe)
+                    samples = Samples(model.model, clips, conditions, options, recipe.seed)
+                    learn(parameters, loss_of, recipe, how, loss_scale(model.model), write, samples)
+    finally:
+        model.cleanup()
+
+
+def new_network(model: ModelPatcher, seed: int) -> TunedModel:
+    """T-Attn for this MODEL as training begins with it, on its device and in the type it computes in."""
+    unet, places, slots = model.model.diffusion_model, tuned.places_of(model), tuned.slots_of(model)
+    heads = tuple(unet.get_submodule(places[slot]).n_heads for slot, _ in slots)
+    network = TunedModel(slots, heads, dtype=working_type(model.model), device=model.load_device)
+    network.load_state_dict(initial_weights(slots, seed))
+    for layer in network.layers().values():
+        layer.norm_temp.requires_grad_(False)
+    return network
+
+
+@contextmanager
+def tuned_unet(model: ModelPatcher, network: TunedModel, frames: int, recompute: bool
+               ) -> Iterator[tuple[dict[str, nn.Parameter], dict]]:  # fmt: skip
+    """While the context lasts the UNet is the tuned one, with this T-Attn, backward passes included.
+
+    Yields what is trained, by the release's names, and the options of the UNet's calls.
+    """
+    unet, places = model.model.diffusion_model, tuned.places_of(model)
+    call = MotionCall(frames, torch.arange(frames), attention=over_frames)
+    own = model.model_options["transformer_options"]
+    options = {"optimized_attention_override": attention, **own, "cond_or_uncond": [0],
+               "wrappers": model.wrappers, "callbacks": model.callbacks}  # fmt: skip
+    heavy = list(heavy_layers(unet)) if recompute else []
+    temporal = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    names = {f"{slot}.{part}.weight": f"{places[slot]}.{part}" for slot in places for part in QUERIES}
+    with trainable(unet, names, working_type(model.model)) as queries, recomputed(heavy), \
+            frames_of.FrameAttention().on(unet, frames), \
+            tuned.temporal_attention(unet, network, places, call):  # fmt: skip
+        yield {**queries, **temporal}, options
+
+
+@contextmanager
+def trainable(unet: UNetModel, names: Mapping[str, str], dtype: torch.dtype) -> Iterator[dict[str, nn.Parameter]]:
+    """While the context lasts, copies stand for the weights of these layers, and gradients reach them.
+
+    names: name to give a weight -> dotted name of its layer.
+    """
+    layers = {name: unet.get_submodule(layer) for name, layer in names.items()}
+    saved = {name: layer._parameters["weight"] for name, layer in layers.items()}
+    made = {name: nn.Parameter(weight.detach().to(dtype, copy=True)) for name, weight in saved.items()}
+    try:
+        for name, layer in layers.items():
+            layer._parameters["weight"] = made[name]
+        yield made
+    finally:
+        for name, layer in layers.items():
+            layer._parameters["weight"] = saved[name]
+
+
+def _writer(parameters: dict[str, nn.Parameter], base: Base, recipe: Recipe, how: Tuning) -> Callable[[dict], None]:
+    """What writes the file: queries as differences to what they are now, everything as float16."""
+    before = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()
+              if "attn_temp" not in name}  # fmt: skip
+
+    def write(weights: dict[str, Tensor]) -> None:
+        changes = {name: weights[name].cpu() - value for name, value in before.items()}
+        temporal = {name: value for name, value in weights.items() if name not in before}
+        tensors, about = portable(temporal, changes, base)
+        write_file(how.path, tensors, recipe, torch.float16, about)
+
+    return write

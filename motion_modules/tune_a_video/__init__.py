@@ -1,0 +1,1 @@
+"""Tune-A-Video: attention between frames in image models, and the files of networks tuned on one clip."""

@@ -1,0 +1,111 @@
+"""`run.py train RECIPE`: a file fills in the nodes, and what it gets wrong is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import folder_paths
+import pytest
+from latentmotion.demo import config
+from latentmotion.host import train
+from latentmotion.motion_modules.animatediff.lora import read_motion_lora
+from latentmotion.motion_modules.files import read_weights
+from latentmotion.nodes import recipe
+from PIL import Image
+
+DATA = {"width": 32, "height": 32, "caption": "a blue ground"}
+SETTINGS = {"file_name": "zoom", "steps": 2, "rank": 2, "frames": 3}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe's folder with a picture to film and a models folder to write into; the host's own list is put back."""
+    (tmp_path / "clips").mkdir()
+    Image.linear_gradient("L").convert("RGB").save(tmp_path / "clips" / "a.png")
+    (tmp_path / "models").mkdir()
+    kept = {name: ([*paths], endings) for name, (paths, endings) in folder_paths.folder_names_and_paths.items()}
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", kept)
+    return tmp_path
+
+
+def written(folder: Path, **changes: object) -> Path:
+    """A recipe of the demo models; None leaves an entry out."""
+    said = {
+        "training": "motion lora", "checkpoint": "demo", "motion_module": str(config.WEIGHTS / config.MOTION_FILE),
+        "models": "models", "data": DATA | {"folder": "clips"}, "camera": {"motion": "zoom in", "frames": 3},
+        "settings": SETTINGS,
+    } | changes  # fmt: skip
+    path = folder / "zoom.json"
+    path.write_text(json.dumps({name: value for name, value in said.items() if value is not None}))
+    return path
+
+
+def test_a_recipe_is_carried_out(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert recipe.main([str(written(folder))]) == 0
+    told = capsys.readouterr().out
+    assert "GB of memory besides the models" in told and "step 2 of 2" in told
+    made = folder / "models" / "animatediff_motion_lora" / "zoom.safetensors"
+    assert read_motion_lora(read_weights(made), "zoom").rank == 2
+    assert recipe.main([str(written(folder))]) == 0 and "trained with these settings already" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    class Interrupted:
+        def __init__(self, *args: object) -> None: ...
+
+        def __call__(self, step: int, *args: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "TrainingProgress", Interrupted)
+        assert recipe.main([str(written(folder))]) == 130 and "goes on with it" in capsys.readouterr().out
+    state = folder / "models" / "animatediff_motion_lora" / "zoom.safetensors.training"
+    assert state.is_file()
+    assert recipe.main([str(written(folder))]) == 0 and not state.exists()
+
+
+def test_every_stage_is_a_recipe(folder: Path) -> None:
+    small = {"file_name": "made", "steps": 1, "batch_size": 1}
+    recipe.carry_out(written(folder, training="domain adapter", camera=None, settings=small | {"rank": 2}))
+    loras = {str(folder / "models" / "loras" / "made.safetensors"): 0.5}
+    recipe.carry_out(written(folder, training="motion module", loras=loras, settings=small | {"frames": 3}))
+    assert (folder / "models" / "animatediff_models" / "made.safetensors").is_file()
+
+
+def test_toml_is_read(folder: Path) -> None:
+    pytest.importorskip("tomllib")
+    path = folder / "r.toml"
+    path.write_text('training = "motion lora"\ncheckpoint = "demo"\n[settings]\nrank = 8\n')
+    file = recipe.files.read_training_file(path)
+    assert recipe.filled(recipe.TrainMotionLora, file, "settings")["rank"] == 8
+    assert recipe.filled(recipe.TrainMotionLora, file, "settings")["steps"] == 2000
+    path.write_text("training = motion lora")
+    with pytest.raises(ValueError, match=r"r.toml cannot be read \(.*line 1"):
+        recipe.files.read_training_file(path)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"training": "motion"}, "training = 'motion', and there are: motion lora"),
+    ({"checkpoint": None}, "does not say checkpoint"),
+    ({"checkpoint": "none.ckpt"}, "names none.ckpt, which is neither a file beside it nor one of the checkpoints"),
+    ({"motion_module": None}, "names no motion module"),
+    ({"model": "x"}, "says model, which no recipe has"),
+    ({"models": "nowhere"}, "there is no folder"),
+    ({"settings": "fast"}, "settings is 'fast', where a table is needed"),
+    ({"settings": {"stepz": 3}}, r"\[settings\] has stepz, which Train MotionLoRA has not. There are: captions"),
+    ({"settings": {"steps": "3"}}, "steps is '3', where int is needed"),
+    ({"settings": {"steps": 0}}, "steps is 0, and must lie between 1 and"),
+    ({"camera": {"motion": "fly"}}, "motion is 'fly', which is none of its choices: zoom in"),
+    ({"data": {"folder": "empty"}}, "There is no folder"),
+])  # fmt: skip
+def test_what_a_recipe_gets_wrong_is_said(folder: Path, changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        recipe.carry_out(written(folder, **changes))
+
+
+def test_the_command_says_it_and_fails(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    assert recipe.main([str(folder / "none.toml")]) == 1 and "There is no file" in capsys.readouterr().out
+    assert recipe.main([]) == 2 and "Name one recipe" in capsys.readouterr().out
