@@ -18,19 +18,16 @@ from .world import FRAMES
 
 ADAPTER = Recipe("adapter", steps=400, batch=32, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.98, seed=3)
 COHERE = Recipe("motion_cohere", steps=1100, batch=4, learning_rate=1.2e-3, warmup=60, average=0.995, seed=4)
-LAYOUT = Recipe("motion_layout", steps=2400, batch=4, learning_rate=1.4e-3, warmup=30, average=0.99, seed=11)
-MOTION = Recipe("motion", steps=1200, batch=4, learning_rate=1.2e-3, warmup=30, average=0.995, seed=12)
+MOTION = Recipe("motion", steps=3600, batch=4, learning_rate=1.3e-3, warmup=30, average=0.995, seed=16)
 ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
-SETTING_OUT = 850
-"""LAYOUT spends half its samples on the steps from here on, the only ones that look at the direction: below, the frames
-themselves show the way."""
 ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
-CEILINGS = {LAYOUT.name: 600.0, MOTION.name: 40.0}
-"""What else than CEILING bounds the weights of the noisiest steps. Sixteen frames show together where the shape goes
+MOTION_CEILING = 600.0
+"""What bounds the weights of the noisiest steps instead of CEILING. Sixteen frames show together where the shape goes
 at steps so noisy that one of them shows nothing, and below CEILING these hardly count: after 714 steps of COHERE shapes
-were right in 7 of 8 clips, and moved in none. LAYOUT lets them count in full, MOTION ties the frames together again."""
+were right in 7 of 8 clips, and moved in none."""
 
-CLIPS = Order("clips", count=900, frames=FRAMES, mark=True, moving=0.85, seed=40)
+CLIPS = Order("clips", count=5000, frames=FRAMES, mark=True, moving=0.85, seed=40)
+"""Of 900 clips every one was learned by heart: all frames right in 0.96 of their captions, in 0.56 of unseen ones."""
 ZOOM_IN_CLIPS = Order("zoom_in", count=120, frames=FRAMES, mark=True, moving=0.75, zoom=1.0, seed=50)
 ZOOM_OUT_CLIPS = Order("zoom_out", count=120, frames=FRAMES, mark=True, moving=0.75, zoom=-1.0, seed=60)
 
@@ -64,14 +61,13 @@ def clip_loss(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sampl
         rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
         latents = samples.latents[chosen].flatten(0, 1)
         spread = (np.arange(recipe.batch) + rng.random(recipe.batch)) / recipe.batch * len(kept)
-        if recipe is LAYOUT:
-            spread[::2] = SETTING_OUT + spread[::2] / len(kept) * (len(kept) - SETTING_OUT)
         steps = torch.from_numpy(spread).long().repeat_interleave(frames)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = add_noise(latents, noise, kept[steps])
         with torch.no_grad():
             context = encode(encoder, rows.to(device)).repeat_interleave(frames, dim=0)
         predicted = predict(unet, noisy.to(device), steps.to(device), context, **options)
-        return noise_error(predicted, noise.to(device), kept[steps], CEILINGS.get(recipe.name, CEILING))
+        ceiling = MOTION_CEILING if recipe is MOTION else CEILING
+        return noise_error(predicted, noise.to(device), kept[steps], ceiling)
 
     return loss_of

@@ -261,14 +261,9 @@ def cohere_motion(shop: Workshop) -> None:
     _fit_motion(shop, module, motion.COHERE, shop.state / "cohere")
 
 
-def lay_motion_out(shop: Workshop) -> None:
-    """Then where the shape is in each of them, which the caption says."""
-    _fit_motion(shop, read_motion(shop.state / "cohere"), motion.LAYOUT, shop.state / "layout")
-
-
 def train_motion(shop: Workshop) -> None:
-    """Then both."""
-    _fit_motion(shop, read_motion(shop.state / "layout"), motion.MOTION, shop.out)
+    """Then where the shape is in each of them, which the caption says."""
+    _fit_motion(shop, read_motion(shop.state / "cohere"), motion.MOTION, shop.out)
 
 
 def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Path) -> None:
@@ -353,7 +348,6 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "image_settle": (lambda shop: shop.out / config.UNET_FILE, settle_image),
     "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
     "motion_cohere": (lambda shop: shop.state / "cohere" / config.MOTION_FILE, cohere_motion),
-    "motion_layout": (lambda shop: shop.state / "layout" / config.MOTION_FILE, lay_motion_out),
     "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
     "zoom_in": (lambda shop: shop.out / config.ZOOM_IN_FILE, train_zoom_in),
     "zoom_out": (lambda shop: shop.out / config.ZOOM_OUT_FILE, train_zoom_out),
