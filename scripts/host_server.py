@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from console import Progress, SetupError, tail
+from pack import ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
 PACK_NAME = "ComfyUI-LatentMotion"
@@ -86,8 +87,9 @@ class HostServer:
         line += ["--port", str(self.port), "--disable-auto-launch", "--disable-api-nodes"]
         if "--database-url" in (self.host / "comfy" / "cli_args.py").read_text(encoding="utf-8"):
             line += ["--database-url", "sqlite:///:memory:"]
-        if "--cpu" not in self.arguments and not has_gpu(self.python):
-            line += ["--cpu"]
+        if not has_gpu(self.python):
+            chosen = any("cross-attention" in argument for argument in self.arguments)
+            line += [flag for flag in ON_CPU if flag not in self.arguments and not (chosen and "attention" in flag)]
         return line + self.arguments
 
     def start(self, patience: float = 600.0) -> None:

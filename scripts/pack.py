@@ -18,6 +18,8 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "latentmotion"
+ON_CPU = ["--cpu", "--use-pytorch-cross-attention"]
+"""For a host without a GPU, where it would take another attention, slower and larger at the sizes of clips."""
 
 
 def load_pack() -> ModuleType:
@@ -52,7 +54,7 @@ def main(argv: list[str]) -> int | None:
     name, *rest = argv
     host = os.environ.get("COMFYUI_PATH")
     if host:
-        device = [] if importlib.import_module("torch").cuda.is_available() else ["--cpu"]
+        device = [] if importlib.import_module("torch").cuda.is_available() else ON_CPU
         load_host(Path(host), *device)
     load_pack()
     return importlib.import_module(f"{PACKAGE}.{name}").main(rest)
