@@ -2,7 +2,8 @@
 
     COMFYUI_PATH=... python tests/e2e/picture_workflows.py [NAME ...]
 
-Writes workflows/<name>.jpg (four frames) for all or those named, and workflows/clips.webp when all are made.
+Writes workflows/<name>.jpg (four frames) for all or those named, and workflows/clips.webp, some of them playing side by
+side, when all are made.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from host_server import HostServer  # noqa: E402
 FOLDER = ROOT / "workflows"
 SIDE, GAP = 252, 8  # of a frame on a picture, in pixels; between two of them
 MOST_BYTES = 40_000
-FIRST = "text_to_video"  # in the row of clips
+ROW = ("text_to_video", "motion_lora", "video_with_controlnet", "image_to_video")  # 16 frames each
 
 
 def frames_of(server: HostServer, entry: dict[str, Any]) -> list[Image.Image]:
@@ -60,22 +61,21 @@ def save_thumbnail(frames: list[Image.Image], path: Path) -> None:
 
 
 def save_clips(clips: list[list[Image.Image]], path: Path) -> None:
-    """All clips playing beside each other, eight frames per second, without end."""
+    """Clips playing beside each other, eight frames per second, without end."""
     rows = [side_by_side(list(moment), len(clips)) for moment in zip(*clips, strict=True)]
     rows[0].save(path, save_all=True, append_images=rows[1:], duration=125, loop=0, quality=80, method=6)
 
 
 def main(names: list[str]) -> int:
-    known = sorted((path.stem for path in (FOLDER / "api").glob("*.json")), key=lambda name: (name != FIRST, name))
-    clips = []
+    clips = {}
     with tempfile.TemporaryDirectory() as base:
         with HostServer(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]), Path(base)) as server:
-            for name in names or known:
+            for name in names or sorted(path.stem for path in (FOLDER / "api").glob("*.json")):
                 entry = server.run(json.loads((FOLDER / "api" / f"{name}.json").read_text(encoding="utf-8")), 3600)
-                clips.append(frames_of(server, entry))
-                save_thumbnail(clips[-1], FOLDER / f"{name}.jpg")
+                clips[name] = frames_of(server, entry)
+                save_thumbnail(clips[name], FOLDER / f"{name}.jpg")
     if not names:
-        save_clips(clips, FOLDER / "clips.webp")
+        save_clips([clips[name] for name in ROW], FOLDER / "clips.webp")
     return 0
 
 
