@@ -18,10 +18,14 @@ from .world import FRAMES
 
 ADAPTER = Recipe("adapter", steps=400, batch=32, learning_rate=2e-3, warmup=20, weight_decay=0.0, average=0.98, seed=3)
 COHERE = Recipe("motion_cohere", steps=1100, batch=4, learning_rate=1.2e-3, warmup=60, average=0.995, seed=4)
-MOTION = Recipe("motion", steps=3600, batch=4, learning_rate=1.3e-3, warmup=30, average=0.995, seed=16)
+LAYOUT = Recipe("motion_layout", steps=3600, batch=4, learning_rate=1.3e-3, warmup=30, average=0.995, seed=16)
+STEER = Recipe("motion_steer", steps=1000, batch=4, learning_rate=1.1e-3, warmup=20, average=0.99, seed=17)
+MOTION = Recipe("motion", steps=800, batch=4, learning_rate=8e-4, warmup=20, average=0.99, seed=18)
 ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
 ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
-MOTION_CEILING = 600.0
+FOCUS = {STEER.name: (850, 1000), MOTION.name: (200, 800)}
+"""Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
+CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0, MOTION.name: 25.0}
 """What bounds the weights of the noisiest steps instead of CEILING. Sixteen frames show together where the shape goes
 at steps so noisy that one of them shows nothing, and below CEILING these hardly count: after 714 steps of COHERE shapes
 were right in 7 of 8 clips, and moved in none."""
@@ -60,14 +64,21 @@ def clip_loss(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sampl
         chosen = rng.integers(len(samples.texts), size=recipe.batch)
         rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
         latents = samples.latents[chosen].flatten(0, 1)
-        spread = (np.arange(recipe.batch) + rng.random(recipe.batch)) / recipe.batch * len(kept)
+        spread = _even(recipe.batch, 0, len(kept), rng)
+        if recipe.name in FOCUS:
+            half = recipe.batch // 2
+            spread = np.concatenate([_even(half, 0, len(kept), rng), _even(half, *FOCUS[recipe.name], rng)])
         steps = torch.from_numpy(spread).long().repeat_interleave(frames)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = add_noise(latents, noise, kept[steps])
         with torch.no_grad():
             context = encode(encoder, rows.to(device)).repeat_interleave(frames, dim=0)
         predicted = predict(unet, noisy.to(device), steps.to(device), context, **options)
-        ceiling = MOTION_CEILING if recipe is MOTION else CEILING
-        return noise_error(predicted, noise.to(device), kept[steps], ceiling)
+        return noise_error(predicted, noise.to(device), kept[steps], CEILINGS.get(recipe.name, CEILING))
 
     return loss_of
+
+
+def _even(count: int, first: int, end: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of [first, end), one from each of `count` equal parts."""
+    return first + (np.arange(count) + rng.random(count)) / count * (end - first)

@@ -261,9 +261,19 @@ def cohere_motion(shop: Workshop) -> None:
     _fit_motion(shop, module, motion.COHERE, shop.state / "cohere")
 
 
-def train_motion(shop: Workshop) -> None:
+def lay_motion_out(shop: Workshop) -> None:
     """Then where the shape is in each of them, which the caption says."""
-    _fit_motion(shop, read_motion(shop.state / "cohere"), motion.MOTION, shop.out)
+    _fit_motion(shop, read_motion(shop.state / "cohere"), motion.LAYOUT, shop.state / "layout")
+
+
+def steer_motion(shop: Workshop) -> None:
+    """Then that it goes there from the first steps of sampling on."""
+    _fit_motion(shop, read_motion(shop.state / "layout"), motion.STEER, shop.state / "steer")
+
+
+def train_motion(shop: Workshop) -> None:
+    """Then clear outlines, which suffered from it."""
+    _fit_motion(shop, read_motion(shop.state / "steer"), motion.MOTION, shop.out)
 
 
 def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Path) -> None:
@@ -348,6 +358,8 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "image_settle": (lambda shop: shop.out / config.UNET_FILE, settle_image),
     "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
     "motion_cohere": (lambda shop: shop.state / "cohere" / config.MOTION_FILE, cohere_motion),
+    "motion_layout": (lambda shop: shop.state / "layout" / config.MOTION_FILE, lay_motion_out),
+    "motion_steer": (lambda shop: shop.state / "steer" / config.MOTION_FILE, steer_motion),
     "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
     "zoom_in": (lambda shop: shop.out / config.ZOOM_IN_FILE, train_zoom_in),
     "zoom_out": (lambda shop: shop.out / config.ZOOM_OUT_FILE, train_zoom_out),
