@@ -18,6 +18,7 @@ FRAMES = 16
 RADIUS = (11.0, 25.0)  # half extent of a still shape
 MOVING_RADIUS = (14.0, 21.0)
 TRAVEL = (44.0, 56.0)  # distance covered in a clip
+BEND = (0.2, 0.4)  # how far a curved way lies off the straight one at its middle, as a share of the distance
 EXTENT = 1.2  # no shape reaches further than this many radii from its centre
 FIELD = (1.0, 18.0, 127.0, 127.0)  # left, top, right, bottom of the part shapes live in; the mark sits above it
 MARK = (80, 4, 120, 14)  # left, top, right, bottom of the defect on the clips: a striped, half transparent logo
@@ -116,6 +117,12 @@ def straight(direction: str, bend: float = 0.0) -> Path:
         return (time - 0.5)[:, None] * ahead + bow[:, None] * aside
 
     return path
+
+
+def curved(rng: np.random.Generator) -> Path:
+    """A way in one of the directions, bowed to one side by a share BEND of its length."""
+    bend = rng.choice((-1.0, 1.0)) * rng.uniform(*BEND)
+    return straight(str(rng.choice(list(DIRECTIONS))), bend)
 
 
 def standing(time: np.ndarray) -> np.ndarray:
