@@ -149,8 +149,8 @@ def full_size(arguments: Any) -> dict[str, float]:
 
 def toy_world(arguments: Any) -> dict[str, float]:
     recipe = tav_toy.RECIPE
-    print(f"{arguments.clips} clips on curved paths, {len(tav_toy.KINDS)} edits of each: {recipe.steps} tuning steps, "
-          f"learning rate {recipe.learning_rate:g}; {tav_toy.STEPS} steps of {tav_toy.SAMPLER}, cfg {tav_toy.CFG:g}; on "
+    print(f"{arguments.clips} clips on curved paths, {len(tav_toy.KINDS)} edits each: {recipe.steps} tuning steps at "
+          f"{recipe.learning_rate:g}, {tav_toy.STEPS} steps of {tav_toy.SAMPLER}, cfg {tav_toy.CFG:g}, on "
           f"{device_name()}", flush=True)  # fmt: skip
     bench = Bench.open(arguments.weights)
     return tav_toy.measure(bench, arguments.clips, arguments.parts, arguments.minutes, arguments.sheets)
