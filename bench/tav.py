@@ -150,10 +150,10 @@ def full_size(arguments: Any) -> dict[str, float]:
 def toy_world(arguments: Any) -> dict[str, float]:
     recipe = tav_toy.RECIPE
     print(f"{arguments.clips} clips on curved paths, {len(tav_toy.KINDS)} edits each: {recipe.steps} tuning steps at "
-          f"{recipe.learning_rate:g}, {tav_toy.STEPS} steps of {tav_toy.SAMPLER}, cfg {tav_toy.CFG:g}, on "
+          f"{recipe.learning_rate:g}, {tav_toy.STEPS} steps ({tav_toy.SCHEDULER}), cfg {tav_toy.CFG:g}, on "
           f"{device_name()}", flush=True)  # fmt: skip
     bench = Bench.open(arguments.weights)
-    return tav_toy.measure(bench, arguments.clips, arguments.parts, arguments.minutes, arguments.sheets)
+    return tav_toy.measure(bench, arguments.clips, arguments.ablated, arguments.minutes, arguments.sheets)
 
 
 SECTIONS = {"full_size": full_size, "toy": toy_world}
@@ -168,8 +168,7 @@ def main(argv: list[str]) -> int:
     full.add_argument("--rounds", type=int, default=0, help="time training steps in so many rounds as well")
     toy = parser.add_argument_group("toy")
     toy.add_argument("--clips", type=int, default=20, help="clips to tune on and edit")
-    toy.add_argument("--parts", nargs="*", choices=tav_toy.ARMS, default=tav_toy.ARMS,
-                     help="the method, and the method with a part left out")  # fmt: skip
+    toy.add_argument("--ablated", type=int, default=6, help="of which so many are edited without each part too")
     toy.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     toy.add_argument("--minutes", type=float, default=float("inf"), help="begin no further clip after this time")
     toy.add_argument("--sheets", type=Path, help="write a picture of every clip and its edits to this folder")

@@ -7,7 +7,7 @@ prompt, the host's sampler from the inverted noise. The oracle reads the edited 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,12 +29,12 @@ from ..motion_modules.tune_a_video.attention import Reach
 from ..training.loop import Recipe
 from .toy import FIRST_SEED, Bench
 
-RECIPE = Recipe("Tune-A-Video", steps=120, batch=1, learning_rate=3e-3, warmup=0, final_rate=1.0, average=0.0, seed=33,
+RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=2e-3, warmup=0, final_rate=1.0, average=0.0, seed=33,
                 beta2=0.999)  # fmt: skip
-STEPS, CFG, SAMPLER = 12, 2.0, "euler"
+STEPS, CFG, SAMPLER, SCHEDULER = 10, 2.0, "euler", "karras"
 KINDS = ("shape", "colour", "ground")
 """What of a caption is edited, one at a time."""
-ARMS = ("full", "without_st_attn", "without_inversion", "without_tuning")
+PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
 
@@ -87,13 +87,13 @@ def conditioning(bench: Bench, text: str) -> Any:
     return bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(text))
 
 
-def sample(bench: Bench, model: Any, words: Words, clip: Source, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """As SamplerCustomAdvanced. Shapes: -> pictures (f, h, w, 3)."""
+def sample(bench: Bench, model: Any, words: Words, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+    """As SamplerCustomAdvanced. Shapes: latents, noise (f, 4, h/8, w/8) -> pictures (f, h, w, 3)."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning(bench, words.text), conditioning(bench, ""))
     guider.set_cfg(CFG)
     sampler = comfy.samplers.sampler_object(SAMPLER)
-    return bench.vae.decode(guider.sample(noise, clip.latents, sampler, sigmas, disable_pbar=True, seed=0))
+    return bench.vae.decode(guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=0))
 
 
 def tuned(bench: Bench, clip: Source, reach: Reach) -> Any:
@@ -106,31 +106,30 @@ def tuned(bench: Bench, clip: Source, reach: Reach) -> Any:
 
 def edited(bench: Bench, model: Any, clip: Source, captions: list[Words], seed: int | None = None) -> list[Tensor]:
     """The clip with each of the captions: from its inverted noise, or from that of a seed."""
-    latent = {"samples": clip.latents}
-    way = invert_clip(model, conditioning(bench, ""), latent, Inversion(steps=STEPS, check=False))
+    latents = clip.latents
     if seed is None:
-        starts, clips = way.noise.generate_noise(latent), clip
+        how, latent = Inversion(steps=STEPS, scheduler=SCHEDULER, check=False), {"samples": latents}
+        way = invert_clip(model, conditioning(bench, ""), latent, how)
+        noise, sigmas = way.noise.generate_noise(latent), way.sigmas
     else:
-        starts = comfy.sample.prepare_noise(clip.latents, seed)
-        clips = replace(clip, latents=torch.zeros_like(clip.latents))
-    return [sample(bench, model, words, clips, starts, way.sigmas) for words in captions]
+        latents, noise = torch.zeros_like(latents), comfy.sample.prepare_noise(latents, seed)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
+    return [sample(bench, model, words, latents, noise, sigmas) for words in captions]
 
 
-def arms(bench: Bench, clip: Source, number: int, only: list[str]) -> Iterator[tuple[str, list[Tensor]]]:
+def arms(bench: Bench, clip: Source, number: int, parts: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
     """Edited clips with everything, and with one part left out each. The first is the source's own caption, sampled
     with everything."""
     captions = list(clip.edits.values())
-    if {"full", "without_inversion"} & set(only):
-        model = tuned(bench, clip, Reach.SPARSE)
-        if "full" in only:
-            back, *made = edited(bench, model, clip, [clip.words, *captions])
-            yield "source", [back]
-            yield "full", made
-        if "without_inversion" in only:
-            yield "without_inversion", edited(bench, model, clip, captions, FIRST_SEED + number)
-    if "without_tuning" in only:
+    model = tuned(bench, clip, Reach.SPARSE)
+    back, *made = edited(bench, model, clip, [clip.words, *captions])
+    yield "source", [back]
+    yield "full", made
+    if "without_inversion" in parts:
+        yield "without_inversion", edited(bench, model, clip, captions, FIRST_SEED + number)
+    if "without_tuning" in parts:
         yield "without_tuning", edited(bench, apply_frame_attention(bench.unet, FrameAttention()), clip, captions)
-    if "without_st_attn" in only:
+    if "without_st_attn" in parts:
         yield "without_st_attn", edited(bench, tuned(bench, clip, Reach.OWN), clip, captions)
 
 
@@ -194,15 +193,15 @@ def figures_of(edits: list[Edit]) -> dict[str, float]:
     }
 
 
-def measure(bench: Bench, count: int, only: list[str], minutes: float, sheets: Path | None) -> dict[str, float]:
-    """Edits of `count` clips, or of as many as are begun within the time."""
+def measure(bench: Bench, count: int, ablated: int, minutes: float, sheets: Path | None) -> dict[str, float]:
+    """Edits of `count` clips, the first `ablated` of them without each part too; of as many as are begun in time."""
     made: dict[str, list[tuple[str, Edit]]] = {}
     begun, done = time.monotonic(), 0
     for number in range(count):
         if time.monotonic() - begun > minutes * 60:
             break
         clip, rows = source(bench, number), []
-        for arm, clips in arms(bench, clip, number, only):
+        for arm, clips in arms(bench, clip, number, PARTS if number < ablated else ()):
             captions = {"source": clip.words} if arm == "source" else clip.edits
             judged = [(kind, judge(pictures, words, clip))
                       for (kind, words), pictures in zip(captions.items(), clips, strict=True)]  # fmt: skip
@@ -214,20 +213,20 @@ def measure(bench: Bench, count: int, only: list[str], minutes: float, sheets: P
         done += 1
         if sheets is not None:
             write_sheet([clip.pictures, *rows], sheets / f"clip_{number:02}.png")
-    return {"tav.clips": float(done)} | named(made)
+    return {"tav.clips": float(done), "tav.ablated_clips": float(min(done, ablated))} | named(made)
 
 
 def named(made: dict[str, list[tuple[str, Edit]]]) -> dict[str, float]:
-    """Figures under the names of the file; those of the full method have no name of a part, and are given for each
-    kind of edit as well."""
-    figures: dict[str, float] = {}
-    for arm, judged in made.items():
-        prefix = "tav" if arm == "full" else f"tav.{arm}"
-        figures |= {f"{prefix}.{name}": value for name, value in figures_of([edit for _, edit in judged]).items()}
-        for kind in KINDS if arm == "full" else ():
-            found = figures_of([edit for of, edit in judged if of == kind])
-            figures |= {f"tav.{kind}.{name}": found[name] for name in ("edit_right", "path_rmse")}
-    return figures
+    """Figures by name: of the whole method for all clips and each kind of edit, and, as `with_all`, for the clips that
+    were edited without each part as well."""
+    full = made["full"]
+    every = {"tav": full} | {f"tav.{kind}": [pair for pair in full if pair[0] == kind] for kind in KINDS}
+    every |= {f"tav.{arm}": judged for arm, judged in made.items() if arm != "full"}
+    parts = [len(judged) for arm, judged in made.items() if arm.startswith("without")]
+    if parts:
+        every["tav.with_all"] = full[: parts[0]]
+    return {f"{prefix}.{name}": value for prefix, judged in every.items()
+            for name, value in figures_of([edit for _, edit in judged]).items()}  # fmt: skip
 
 
 def write_sheet(clips: list[Tensor], path: Path) -> None:
