@@ -29,7 +29,7 @@ from ..motion_modules.tune_a_video.attention import Reach
 from ..training.loop import Recipe
 from .toy import FIRST_SEED, Bench
 
-RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=2e-3, warmup=0, final_rate=1.0, average=0.0, seed=33,
+RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=3e-3, warmup=0, final_rate=1.0, average=0.0, seed=33,
                 beta2=0.999)  # fmt: skip
 STEPS, CFG, SAMPLER, SCHEDULER = 10, 2.0, "euler", "karras"
 KINDS = ("shape", "colour", "ground")
