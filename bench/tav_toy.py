@@ -164,8 +164,9 @@ def path_rmse(edit: Edit) -> float:
 
 
 def jerk(edit: Edit) -> float:
-    """Root mean square of how much the offset from the source changes from a frame to the next, share of the frame."""
-    squares = (np.diff(edit.offset, axis=0) ** 2).sum(1)
+    """Root mean square of the second difference of the offset from the source, over time: 0 where the shape moves as
+    evenly as there. Share of the frame."""
+    squares = (np.diff(edit.offset, n=2, axis=0) ** 2).sum(1)
     return float(np.sqrt(np.nanmean(squares))) if not np.isnan(squares).all() else float("nan")
 
 
