@@ -212,6 +212,8 @@ def measure(bench: Bench, count: int, ablated: int, minutes: float, sheets: Path
                              for kind, edit in judged)  # fmt: skip
             print(f"  {number + 1} {clip.words.text}, {arm}: {said} ({time.monotonic() - begun:.0f} s)", flush=True)
         done += 1
+        so_far = figures_of([edit for _, edit in made["full"]])
+        print(f"  so far: edit_right {so_far['edit_right']:.3f}, path_rmse {so_far['path_rmse']:.4f}", flush=True)
         if sheets is not None:
             write_sheet([clip.pictures, *rows], sheets / f"clip_{number:02}.png")
     return {"tav.clips": float(done), "tav.ablated_clips": float(min(done, ablated))} | named(made)
