@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +20,8 @@ CLEARANCE = 2.0  # pixels between a shape and the border of every frame
 ARM = 24.0  # least distance of a shape from the middle it is to turn about
 LEAST_TURN = 15.0  # degrees about the middle that count as a roll
 ROUND = 0.25  # share that its distance from the middle may differ by meanwhile
-TURNS = tuple(math.radians(10.0 * step) for step in range(-3, 4))
-"""Angles an outline is looked for at where the camera rolls."""
+TURNS = (-30.0, -20.0, -10.0, 0.0, 10.0, 20.0, 30.0)
+"""Degrees that outlines may be turned by where the camera rolls."""
 
 Clip = list[Reading]
 
@@ -39,6 +40,9 @@ class Camera:
     effect: Callable[[Clip], float]
     present: Callable[[Clip, Clip], bool]
     turns: tuple[float, ...] = (0.0,)
+
+    def read(self, clip: Tensor) -> Clip:
+        return oracle.read(clip, [math.radians(turn) for turn in self.turns])
 
     @property
     def canvas(self) -> int:
@@ -105,35 +109,28 @@ def swing(clip: Clip) -> float:
     return math.degrees(total(np.unwrap(np.arctan2(y, x))))
 
 
-def zooms(growing: bool) -> Callable[[Clip, Clip], bool]:
-    return lambda clip, still: oracle.monotonic(clip, growing)
+def zooms(clip: Clip, still: Clip, growing: bool) -> bool:
+    """The shape grows (or shrinks) all the time."""
+    return oracle.monotonic(clip, growing)
 
 
-def pans(direction: str) -> Callable[[Clip, Clip], bool]:
+def pans(clip: Clip, still: Clip, direction: str) -> bool:
     """The shape goes that way, an eighth of the picture further than without."""
     sign = 1 if direction == "right" else -1
-
-    def shows(clip: Clip, still: Clip) -> bool:
-        return oracle.path(clip)[0] == direction and sign * (slide(clip) - np.nan_to_num(slide(still))) > SIZE / 8
-
-    return shows
+    return oracle.path(clip)[0] == direction and sign * (slide(clip) - np.nan_to_num(slide(still))) > SIZE / 8
 
 
-def rolls(sign: int) -> Callable[[Clip, Clip], bool]:
+def rolls(clip: Clip, still: Clip, sign: int) -> bool:
     """The shape goes round the middle at its distance, LEAST_TURN further than without. sign: +1 clockwise."""
-
-    def shows(clip: Clip, still: Clip) -> bool:
-        arms = np.hypot(*(np.array([reading.centre for reading in clip]).T - SIZE / 2))
-        round_it = bool((np.abs(arms / arms.mean() - 1) < ROUND).all())
-        return round_it and sign * (swing(clip) - np.nan_to_num(swing(still))) > LEAST_TURN
-
-    return shows
+    arms = np.hypot(*(np.array([reading.centre for reading in clip]).T - SIZE / 2))
+    round_it = bool((np.abs(arms / arms.mean() - 1) < ROUND).all())
+    return round_it and sign * (swing(clip) - np.nan_to_num(swing(still))) > LEAST_TURN
 
 
 CAMERAS = {
-    "zoom_in": Camera(Move.ZOOM_IN, 0.4, (17.0, 25.0), growth, zooms(growing=True)),
-    "zoom_out": Camera(Move.ZOOM_OUT, 0.4, (17.0, 25.0), growth, zooms(growing=False)),
-    "pan_left": Camera(Move.PAN_LEFT, 0.3, (14.0, 20.0), slide, pans("right")),
-    "pan_right": Camera(Move.PAN_RIGHT, 0.3, (14.0, 20.0), slide, pans("left")),
-    "roll": Camera(Move.ROLL_CLOCKWISE, 0.6, (14.0, 20.0), swing, rolls(-1), TURNS),
+    "zoom_in": Camera(Move.ZOOM_IN, 0.4, (17.0, 25.0), growth, partial(zooms, growing=True)),
+    "zoom_out": Camera(Move.ZOOM_OUT, 0.4, (17.0, 25.0), growth, partial(zooms, growing=False)),
+    "pan_left": Camera(Move.PAN_LEFT, 0.3, (14.0, 20.0), slide, partial(pans, direction="right")),
+    "pan_right": Camera(Move.PAN_RIGHT, 0.3, (14.0, 20.0), slide, partial(pans, direction="left")),
+    "roll": Camera(Move.ROLL_CLOCKWISE, 0.6, (14.0, 20.0), swing, partial(rolls, sign=-1), TURNS),
 }

@@ -32,14 +32,14 @@ from ..host.options import lora_training
 from ..host.train import train_motion_lora
 from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
-from .camera import CAMERAS, TURNS, Camera, Clip, stills
+from .camera import CAMERAS, Camera, Clip, stills
 from .side_by_side import device_name, report
 from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
 from .train_step import step_figures
 
 REFERENCES = 32
 RECIPE = {
-    "rank": config.MOTION_LORA_RANK, "alpha": float(config.MOTION_LORA_RANK), "steps": 300, "learning_rate": 0.003,
+    "rank": config.MOTION_LORA_RANK, "alpha": config.MOTION_LORA_RANK, "steps": 300, "learning_rate": 0.003,
     "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 1, "accumulate": 1, "seed": 0,
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
 }  # fmt: skip
@@ -86,10 +86,6 @@ class Room:
         return self.still
 
 
-def read(clips: list[Tensor], turns: tuple[float, ...]) -> list[Clip]:
-    return [oracle.read(clip, turns) for clip in clips]
-
-
 def share(answers: Any) -> float:
     answers = [bool(answer) for answer in answers]
     return sum(answers) / len(answers)
@@ -116,8 +112,9 @@ def measure_motion(room: Room, name: str) -> dict[str, float]:
     module = room.learn(name, room.references(camera))
     print(f"  {name}: trained ({time.monotonic() - start:.0f} s)", flush=True)
     few = max(1, room.count // 4)
-    still, whole = read(room.without(), camera.turns), read(room.clips(module), camera.turns)
-    half = read(room.clips(add_motion_lora(room.bench.motion(), f"{name}.safetensors", 0.5), few), camera.turns)
+    still, whole = ([camera.read(clip) for clip in clips] for clips in (room.without(), room.clips(module)))
+    weak = add_motion_lora(room.bench.motion(), f"{name}.safetensors", 0.5)
+    half = [camera.read(clip) for clip in room.clips(weak, few)]
     again = room.clips(room.bench.motion(), 1)[0]
     figures = {
         "present": share(camera.present(*pair) for pair in zip(whole, still, strict=True)),
@@ -137,7 +134,7 @@ def measure_both(room: Room) -> dict[str, float]:
         if not paths.new_file(paths.MOTION_LORAS, name).is_file():
             room.learn(name, room.references(CAMERAS[name]))
         module = add_motion_lora(module, f"{name}.safetensors", 1.0)
-    still, made = read(room.without(), TURNS[:1]), read(room.clips(module), TURNS[:1])
+    still, made = ([oracle.read(clip) for clip in clips] for clips in (room.without(), room.clips(module)))
     figures = {f"{name}_present": share(CAMERAS[name].present(*pair) for pair in zip(made, still, strict=True))
                for name in BOTH}  # fmt: skip
     return {f"train.lora.both.{key}": value for key, value in (figures | {"caption_right": right(made)}).items()}

@@ -23,7 +23,7 @@ def filmed(name: str, count: int = 3) -> list[Clip]:
     pictures, lines = stills(camera, count, seed=5)
     made, _ = film_camera(pictures, lines, motion=camera.move.value, source=STILLS, frames=FRAMES, clips_each=1,
                           amount=camera.amount, width=128, height=128, seed=0)  # fmt: skip
-    return [oracle.read(collect_pictures(film.clip), camera.turns) for film in made.films]
+    return [camera.read(collect_pictures(film.clip)) for film in made.films]
 
 
 @pytest.mark.parametrize("name", CAMERAS)
