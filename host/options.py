@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
-from ..motion_modules.errors import CheckpointError
+from ..motion_modules.errors import CheckpointError, check_choice
 from ..motion_modules.tune_a_video.attention import Reach
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
@@ -87,8 +87,7 @@ def settings(
         ("positions", positions, POSITIONS),
         ("group_norm", group_norm, GROUP_NORMS),
     ):
-        if choice not in known:
-            raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
+        check_choice(name, choice, known)
     return MotionSettings(
         strength=_per_frame(strength, strength_per_frame),
         scale=_per_frame(motion_scale, motion_scale_per_frame),
@@ -150,15 +149,13 @@ def known_reuse(length: int | None, prompt_frames: int | None) -> bool | str:
 
 def reuse_settings(*, clip_length: int, prompt_frames: int, alpha: float, beta: float, guidance: str) -> Reuse:
     """Translate the widgets of Reuse and Diffuse. Raises PlanError for settings that no clip can follow."""
-    if guidance not in GUIDANCES:
-        raise ValueError(f"guidance is '{guidance}', which is none of its choices: {', '.join(GUIDANCES)}.")
+    check_choice("guidance", guidance, GUIDANCES)
     return Reuse(clip_length, prompt_frames, alpha, beta, Guidance(guidance))
 
 
 def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSettings:
     """Translate the widgets of Temporal VAE Decode. Raises ValueError for a mode that does not exist."""
-    if mode not in DECODE_MODES:
-        raise ValueError(f"mode is '{mode}', which is none of its choices: {', '.join(DECODE_MODES)}.")
+    check_choice("mode", mode, DECODE_MODES)
     return DecodeSettings(mode, max(1, chunk_frames), clip_length)
 
 
@@ -203,8 +200,7 @@ def module_training(
 
     Raises ValueError for values that cannot be used.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is '{layout}', which is none of its choices: {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
                     beta2=0.999, **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
@@ -224,8 +220,7 @@ def _batches(run: dict[str, Any]) -> dict[str, int]:
 
 
 def _running(*, gradient_checkpointing: bool, save_every: int, existing: str, sample_every: int) -> dict[str, Any]:
-    if existing not in EXISTING:
-        raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
+    check_choice("existing", existing, EXISTING)
     return {"recompute": gradient_checkpointing, "save_every": save_every, "sample_every": sample_every,
             "go_on": existing == GO_ON}  # fmt: skip
 
@@ -250,8 +245,7 @@ def tuning(
 
 def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:
     """Translate the widgets of ST-Attention. Raises ValueError for a choice that does not exist."""
-    if keys_from not in REACHES:
-        raise ValueError(f"keys_from is '{keys_from}', which is none of its choices: {', '.join(REACHES)}.")
+    check_choice("keys_from", keys_from, REACHES)
     return FrameAttention(Reach(keys_from), joint_group_norm, frames)
 
 
