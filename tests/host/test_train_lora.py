@@ -151,6 +151,18 @@ def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch)
         learn(inflate(model, module), module, monkeypatch)
 
 
+def test_a_module_that_moves_nothing_is_not_trained_on(model, folder, monkeypatch, caplog):
+    still, moving = small_module(still=True), small_module()
+    with pytest.raises(LatentMotionError, match="tiny-0 moves nothing"):
+        learn(model, still, monkeypatch)
+    learn(model, moving, monkeypatch, steps=1)
+    caplog.clear()
+    add_motion_lora(moving, "learned.safetensors", 1.0)
+    assert not caplog.messages
+    add_motion_lora(still, "learned.safetensors", 1.0)
+    assert "learned.safetensors has no effect on tiny-0" in caplog.messages[0]
+
+
 def test_clips_are_drawn_on_the_way_and_change_nothing(model, folder, monkeypatch):
     shown: list[Any] = []
 
