@@ -7,6 +7,9 @@ shapes of such captions stand still.
 from __future__ import annotations
 
 import argparse
+import logging
+import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,7 +40,7 @@ from .side_by_side import device_name, report
 from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
 from .train_step import step_figures
 
-REFERENCES = 32
+REFERENCES = 24
 RECIPE = {
     "rank": config.MOTION_LORA_RANK, "alpha": config.MOTION_LORA_RANK, "steps": 300, "learning_rate": 0.003,
     "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 1, "accumulate": 1, "seed": 0,
@@ -182,6 +185,35 @@ def measure(room: Room | None, name: str, args: Any) -> dict[str, float]:
     return measure_resume(room) if name == "resume" else measure_motion(room, name)
 
 
+class Seldom(logging.Filter):
+    """Lets a line through at most every quarter of a minute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        due = time.monotonic() - self.last > 15
+        self.last = time.monotonic() if due else self.last
+        return due
+
+
+@contextmanager
+def told_now_and_then() -> Iterator[None]:
+    """While the context lasts a training says on the terminal how far it is."""
+    log, heard = logging.getLogger(__name__.split(".")[0]), logging.StreamHandler(sys.stdout)
+    heard.addFilter(Seldom())
+    log.addHandler(heard)
+    level, log.propagate = log.level, False
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(heard)
+        log.setLevel(level)
+        log.propagate = True
+
+
 @contextmanager
 def files_in(folder: Path | None) -> Iterator[None]:
     """While the context lasts, trained files go into this folder, or into one that is removed afterwards."""
@@ -208,7 +240,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     print(f"{args.clips} unseen captions and seeds, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
     figures: dict[str, float] = {}
-    with torch.inference_mode(), files_in(args.out):
+    with torch.inference_mode(), files_in(args.out), told_now_and_then():
         room = Room(Bench.open(args.weights), args.clips) if set(args.only) - {"step"} else None
         for name in args.only:
             start, found = time.monotonic(), measure(room, name, args)
