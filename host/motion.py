@@ -15,6 +15,7 @@ from ..motion_modules.animatediff.checkpoint import MotionFile, read_motion_modu
 from ..motion_modules.animatediff.lora import MotionLora, parts_for, read_motion_lora
 from ..motion_modules.animatediff.network import MotionModel
 from ..motion_modules.animatediff.spec import MotionSpec
+from ..motion_modules.errors import TrainingError
 from ..motion_modules.files import read_weights
 from . import paths
 
@@ -73,6 +74,17 @@ def is_still(module: MotionModule) -> bool:
     if any(f"{slot}.temporal_transformer.{OUTPUT}" in module.patcher.patches for slot in slots):
         return False
     return not any(bool(slot.proj_out.weight.float().any()) for slot in slots.values())
+
+
+def check_teachable(module: MotionModule) -> None:
+    """Raise TrainingError for a motion module on which a MotionLoRA would learn nothing."""
+    if not module.spec.attentions:
+        raise TrainingError(f"{module.name} has convolutions over frames and no attention, which is what a MotionLoRA "
+                            "changes. Choose another motion module.")  # fmt: skip
+    if is_still(module):
+        raise TrainingError(f"{module.name} moves nothing: its output projections are zero, as before any training, so "
+                            "that a MotionLoRA on it would learn nothing. Choose a trained motion module, or train "
+                            "this one first with Train Motion Module.")  # fmt: skip
 
 
 def patch_motion_lora(module: MotionModule, lora: MotionLora, strength: float) -> MotionModule:

@@ -39,7 +39,8 @@ REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
-LAYOUTS = [V3_LAYOUT, V2_LAYOUT]
+CONVOLUTION_LAYOUT = "temporal convolution (ablation)"
+LAYOUTS = [V3_LAYOUT, V2_LAYOUT, CONVOLUTION_LAYOUT]
 MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
 
 
@@ -206,7 +207,8 @@ def module_training(
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     how = _running(**run) | {"save_every_s": MODULE_STATE_S}
-    return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, **clips, **how)
+    convolves = layout == CONVOLUTION_LAYOUT
+    return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, convolves=convolves, **clips, **how)
 
 
 def _lora_recipe(name: str, steps: int, learning_rate: float, **batches: int) -> Recipe:

@@ -39,7 +39,7 @@ from ..training.loop import Recipe, Stopped, fit
 from ..training.lora import LowRankSet
 from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
-from .motion import MotionModule, is_still, patch_motion_lora
+from .motion import MotionModule, check_teachable, patch_motion_lora
 from .progress import TrainingProgress
 from .samples import Samples
 from .schedule import set_schedule
@@ -133,10 +133,7 @@ def train_motion_lora(
     """
     check_image_model(model)
     check_motion(model, module.spec, module.name, how)
-    if is_still(module):
-        raise TrainingError(f"{module.name} moves nothing: its output projections are zero, as before any training, so "
-                            "that a MotionLoRA on it would learn nothing. Choose a trained motion module, or train "
-                            "this one first with Train Motion Module.")  # fmt: skip
+    check_teachable(module)
     cuts, contexts = prepare(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
     model = model.clone()
     if module.spec.variant.schedule is not None:

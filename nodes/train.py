@@ -123,7 +123,8 @@ class TrainMotionModule(io.ComfyNode):
                     options=options.LAYOUTS,
                     default=options.LAYOUTS[0],
                     tooltip="Where a new motion module sits in the model. Only v2's can have MotionLoRAs that change "
-                    "the middle block. Unused where motion_module is connected.",
+                    "the middle block. Temporal convolution: no attention, to compare with. Unused where "
+                    "motion_module is connected.",
                 ),
                 *_step_inputs(20000, 0.0001),
                 *_clip_inputs(),
