@@ -18,6 +18,7 @@ from ..training.camera import Move
 
 CLEARANCE = 2.0  # pixels between a shape and the border of every frame
 ARM = 24.0  # least distance of a shape from the middle it is to turn about
+LEAST_ZOOM = 1.25  # times larger or smaller that counts as a zoom
 LEAST_TURN = 15.0  # degrees about the middle that count as a roll
 ROUND = 0.25  # share that its distance from the middle may differ by meanwhile
 TURNS = (-30.0, -20.0, -10.0, 0.0, 10.0, 20.0, 30.0)
@@ -32,6 +33,7 @@ class Camera:
 
     amount: that of Camera Motion Clips. radius: smallest and largest half extent of a filmed shape, in the closest
     view. effect: how much of the move a clip shows. present: whether it shows it, beside the same seed without.
+    turns: degrees an outline may be turned by. steady: whether no step goes the other way, where that is asked.
     """
 
     move: Move
@@ -40,6 +42,7 @@ class Camera:
     effect: Callable[[Clip], float]
     present: Callable[[Clip, Clip], bool]
     turns: tuple[float, ...] = (0.0,)
+    steady: Callable[[Clip], bool] | None = None
 
     def read(self, clip: Tensor) -> Clip:
         return oracle.read(clip, [math.radians(turn) for turn in self.turns])
@@ -110,8 +113,9 @@ def swing(clip: Clip) -> float:
 
 
 def zooms(clip: Clip, still: Clip, growing: bool) -> bool:
-    """The shape grows (or shrinks) all the time."""
-    return oracle.monotonic(clip, growing)
+    """The shape grows (or shrinks) by a quarter more than without."""
+    sign = 1 if growing else -1
+    return sign * (growth(clip) - np.nan_to_num(growth(still))) > math.log(LEAST_ZOOM)
 
 
 def pans(clip: Clip, still: Clip, direction: str) -> bool:
@@ -128,9 +132,11 @@ def rolls(clip: Clip, still: Clip, sign: int) -> bool:
 
 
 CAMERAS = {
-    "zoom_in": Camera(Move.ZOOM_IN, 0.4, (17.0, 25.0), growth, partial(zooms, growing=True)),
-    "zoom_out": Camera(Move.ZOOM_OUT, 0.4, (17.0, 25.0), growth, partial(zooms, growing=False)),
+    "zoom_in": Camera(Move.ZOOM_IN, 0.4, (17.0, 25.0), growth, partial(zooms, growing=True),
+                      steady=partial(oracle.monotonic, growing=True)),
+    "zoom_out": Camera(Move.ZOOM_OUT, 0.4, (17.0, 25.0), growth, partial(zooms, growing=False),
+                       steady=partial(oracle.monotonic, growing=False)),
     "pan_left": Camera(Move.PAN_LEFT, 0.3, (14.0, 20.0), slide, partial(pans, direction="right")),
     "pan_right": Camera(Move.PAN_RIGHT, 0.3, (14.0, 20.0), slide, partial(pans, direction="left")),
     "roll": Camera(Move.ROLL_CLOCKWISE, 0.6, (14.0, 20.0), swing, partial(rolls, sign=-1), TURNS),
-}
+}  # fmt: skip

@@ -127,6 +127,8 @@ def measure_motion(room: Room, name: str) -> dict[str, float]:
         **weaker(camera, half, whole, still),
         "removed_equal": float(torch.equal(again, room.without()[0])),
     }
+    if camera.steady:
+        figures["monotonic"] = share(camera.steady(clip) for clip in whole)
     return {f"train.lora.{name}.{key}": value for key, value in figures.items()}
 
 
