@@ -170,10 +170,11 @@ def lora_training(
     frames: int,
     stride: int,
     clip_length: int,
+    high_noise_weight: float = 1.0,
     **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
-    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, **_batches(run))
+    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, **_batches(run))
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
@@ -195,6 +196,7 @@ def module_training(
     frames: int,
     stride: int,
     clip_length: int,
+    high_noise_weight: float = 1.0,
     **run: Any,
 ) -> ModuleTraining:
     """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
@@ -203,7 +205,7 @@ def module_training(
     """
     check_choice("layout", layout, LAYOUTS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
-                    beta2=0.999, **_batches(run))  # fmt: skip
+                    beta2=0.999, ceiling=high_noise_weight, **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     how = _running(**run) | {"save_every_s": MODULE_STATE_S}
@@ -211,9 +213,9 @@ def module_training(
     return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, convolves=convolves, **clips, **how)
 
 
-def _lora_recipe(name: str, steps: int, learning_rate: float, **batches: int) -> Recipe:
+def _lora_recipe(name: str, steps: int, learning_rate: float, **more: Any) -> Recipe:
     return Recipe(name, steps, learning_rate=learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
-                  average=0.98, **batches)  # fmt: skip
+                  average=0.98, **more)  # fmt: skip
 
 
 def _batches(run: dict[str, Any]) -> dict[str, int]:

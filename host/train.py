@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -323,10 +324,11 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
     """Mean squared error of what the network predicts, noise or velocity: a clip has one noise level, its frames have
     noise each.
 
-    Source: the trainings of AnimateDiff and Tune-A-Video; the levels of a batch are spread evenly over the schedule.
+    An error in the noise weighs 1 + sigma^2, at most `recipe.ceiling`: 1 is the plain loss of AnimateDiff and
+    Tune-A-Video, unbounded it is the error in the velocity. The levels of a batch are spread evenly over the schedule.
     """
     sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
-    is_velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+    most = math.inf if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else recipe.ceiling
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         latents, captions = clips.draw(recipe.batch, generator)
@@ -337,8 +339,8 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
         noisy = sampling.noise_scaling(spread, noise, latents)
         told = conditions(captions)
         clean = base.apply_model(noisy, sigma, **told, transformer_options={**options, "sigmas": sigma[:1]})
-        error = (clean - latents) / spread
-        return (error * (spread**2 + 1).sqrt() if is_velocity else error).square().mean()
+        weight = (spread**2 + 1).clamp(max=most)
+        return ((clean - latents) / spread * weight.sqrt()).square().mean()
 
     return loss_of
 
