@@ -120,9 +120,11 @@ def measure_motion(room: Room, name: str) -> dict[str, float]:
     weak = add_motion_lora(room.bench.motion(), f"{name}.safetensors", 0.5)
     half = [camera.read(clip) for clip in room.clips(weak, few)]
     again = room.clips(room.bench.motion(), 1)[0]
+    nothing = [oracle.Reading()] * FRAMES  # a shape that is nowhere moves by nothing
     figures = {
         "present": share(camera.present(*pair) for pair in zip(whole, still, strict=True)),
-        "present_without": share(camera.present(clip, clip) for clip in still),
+        "present_without": share(camera.present(clip, nothing) for clip in still),
+        "effect": float(np.nanmedian([camera.effect(clip) for clip in whole])),
         "caption_right": right(whole),
         "caption_right_without": right(still),
         **weaker(camera, half, whole, still),
