@@ -69,14 +69,19 @@ def distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.minimum(flat, torch.maximum(x.abs() - width, y.abs() - arm))
 
 
-def coverage(shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: Window) -> torch.Tensor:
-    """How much of each pixel the shape covers: (n, h, w) in [0, 1]. `window` is left, top, width, height."""
+def coverage(
+    shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: Window, turn: float = 0.0
+) -> torch.Tensor:
+    """How much of each pixel the shape covers: (n, h, w) in [0, 1]. `window` is left, top, width, height; `turn` is
+    clockwise, in radians."""
     left, top, width, height = window
     centres = torch.as_tensor(centre, dtype=torch.float32)
     radii = torch.as_tensor(radius, dtype=torch.float32)[:, None, None]
     x = (torch.arange(width) + left + 0.5)[None, None, :] - centres[:, 0, None, None]
     y = (torch.arange(height) + top + 0.5)[None, :, None] - centres[:, 1, None, None]
     x, y = x / radii, y / radii
+    if turn:
+        x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
     out = torch.empty(len(radii), height, width)
     for index in np.unique(shape):
         rows = torch.as_tensor(np.flatnonzero(shape == index))
