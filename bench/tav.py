@@ -1,10 +1,11 @@
-"""Tune-A-Video on full-size SD1.5: one call against an independent float64 network, and what tuning trains."""
+"""Tune-A-Video: SD1.5 in full size against a float64 network, the time of a step, and edits in the toy world."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
@@ -13,6 +14,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..demo import config
 from ..host import tune
 from ..host.train import Conditions, working_type
 from ..host.tuned import apply_tuned, names_of, original_weight, places_of, slots_of
@@ -21,9 +23,11 @@ from ..motion_modules.tune_a_video.network import Slots, temporal_shapes, traine
 from ..training.attention import attention
 from ..training.clips import Clips
 from ..training.frozen import frozen, training
+from . import tav_toy
 from .motion import SD15, image_model
 from .side_by_side import device_name, in_turn, median_ratio, report
 from .tav_reference import TunedUNet
+from .toy import Bench
 
 STEP = 500
 
@@ -131,22 +135,48 @@ def trained_parameters(slots: Slots) -> int:
     return sum(torch.Size(shape).numel() for shape in trained_shapes(slots).values())
 
 
+def full_size(arguments: Any) -> dict[str, float]:
+    frames, size = arguments.frames, arguments.size
+    print(f"SD1.5's UNet on {frames} frames of {size}x{size}, float32 on {device_name()}", flush=True)
+    model = image_model(torch.float32, SD15)
+    figures = {
+        "tav.trained_parameters": trained_parameters(slots_of(model)),
+        "tav.parity": parity(model, tuned_file(model), frames, size // 8),
+    }
+    print(f"relative error {figures['tav.parity']:.2e}", flush=True)
+    return figures | (step_figures(model, frames, size // 8, arguments.rounds) if arguments.rounds else {})
+
+
+def toy_world(arguments: Any) -> dict[str, float]:
+    recipe = tav_toy.RECIPE
+    print(f"{arguments.clips} clips on curved paths, {len(tav_toy.KINDS)} edits each: {recipe.steps} tuning steps at "
+          f"{recipe.learning_rate:g}, {tav_toy.STEPS} steps ({tav_toy.SCHEDULER}), cfg {tav_toy.CFG:g}, on "
+          f"{device_name()}", flush=True)  # fmt: skip
+    bench = Bench.open(arguments.weights)
+    return tav_toy.measure(bench, arguments.clips, arguments.ablated, arguments.minutes, arguments.sheets)
+
+
+SECTIONS = {"full_size": full_size, "toy": toy_world}
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench tav", description=__doc__)
-    parser.add_argument("--size", type=int, default=128, help="pixels a side")
-    parser.add_argument("--frames", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=0, help="time training steps in so many rounds as well")
+    parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="measure only these")
+    full = parser.add_argument_group("full_size")
+    full.add_argument("--size", type=int, default=128, help="pixels a side")
+    full.add_argument("--frames", type=int, default=3)
+    full.add_argument("--rounds", type=int, default=0, help="time training steps in so many rounds as well")
+    toy = parser.add_argument_group("toy")
+    toy.add_argument("--clips", type=int, default=20, help="clips to tune on and edit")
+    toy.add_argument("--ablated", type=int, default=6, help="of which so many are edited without each part too")
+    toy.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
+    toy.add_argument("--minutes", type=float, default=float("inf"), help="begin no further clip after this time")
+    toy.add_argument("--sheets", type=Path, help="write a picture of every clip and its edits to this folder")
     parser.add_argument("--json", help="write the figures to this file")
-    args: Any = parser.parse_args(argv)
-    print(f"SD1.5's UNet on {args.frames} frames of {args.size}x{args.size}, float32 on {device_name()}")
+    arguments = parser.parse_args(argv)
+    figures: dict[str, float] = {}
     with torch.inference_mode():
-        model = image_model(torch.float32, SD15)
-        figures = {
-            "tav.trained_parameters": trained_parameters(slots_of(model)),
-            "tav.parity": parity(model, tuned_file(model), args.frames, args.size // 8),
-        }
-        if args.rounds:
-            figures |= step_figures(model, args.frames, args.size // 8, args.rounds)
-    print(f"relative error {figures['tav.parity']:.2e}")
-    report(figures, args.json)
+        for name in arguments.only:
+            figures |= SECTIONS[name](arguments)
+    report(figures, arguments.json)
     return 0

@@ -7,6 +7,7 @@ model is never credited for a smear that happens to be red.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +35,7 @@ class Reading:
     ground: str = ""
     centre: tuple[float, float] = (np.nan, np.nan)  # pixels, x then y
     size: float = np.nan  # square root of the area, pixels
+    turn: float = 0.0  # of the outline, clockwise in radians
     mark: bool = False
     fault: str = ""
 
@@ -42,12 +44,12 @@ class Reading:
         return not self.fault and (self.shape, self.colour, self.ground) == (words.shape, words.colour, words.ground)
 
 
-def read(clip: torch.Tensor) -> list[Reading]:
-    """Read frames (f, h, w, 3) in [0, 1], h and w 128."""
+def read(clip: torch.Tensor, turns: Sequence[float] = (0.0,)) -> list[Reading]:
+    """Read frames (f, h, w, 3) in [0, 1], h and w 128. turns: angles, in radians, an outline may be turned by."""
     frames = clip.detach().float().cpu().numpy()
     if frames.ndim != 4 or frames.shape[1:] != (world.SIZE, world.SIZE, 3):
         raise ValueError(f"expected frames of shape (f, {world.SIZE}, {world.SIZE}, 3), got {frames.shape}")
-    return [_read_frame(frame) for frame in frames]
+    return [_read_frame(frame, turns) for frame in frames]
 
 
 def has_mark(frame: np.ndarray) -> bool:
@@ -61,7 +63,7 @@ def has_mark(frame: np.ndarray) -> bool:
     return norm > 0 and strength > 0.15 and float(contrast @ stripes) / norm > MARK_MATCH
 
 
-def _read_frame(frame: np.ndarray) -> Reading:
+def _read_frame(frame: np.ndarray, turns: Sequence[float]) -> Reading:
     if not np.isfinite(frame).all():
         return Reading(fault="not finite")
     mark = has_mark(frame)
@@ -86,10 +88,10 @@ def _read_frame(frame: np.ndarray) -> Reading:
     clean = (aside < EDGE_TOLERANCE) & (np.abs(along - 0.5) < 0.75)
     if (~clean & counted).mean() > UNEXPLAINED:
         return Reading(ground=ground_name, colour=colour_name, mark=mark, fault="a third colour")
-    return _read_outline(np.clip(along, 0, 1) * counted, ground_name, colour_name, mark)
+    return _read_outline(np.clip(along, 0, 1) * counted, ground_name, colour_name, mark, turns)
 
 
-def _read_outline(alpha: np.ndarray, ground: str, colour: str, mark: bool) -> Reading:
+def _read_outline(alpha: np.ndarray, ground: str, colour: str, mark: bool, turns: Sequence[float]) -> Reading:
     """Name the outline of a coverage map (h, w) by its overlap with each ideal one of the same centroid and area."""
     known = {"ground": ground, "colour": colour, "mark": mark}
     labels, count = ndimage.label(alpha > 0.5)
@@ -105,10 +107,12 @@ def _read_outline(alpha: np.ndarray, ground: str, colour: str, mark: bool) -> Re
         return Reading(**known, fault=f"a shape of {area:.0f} pixels")
     y, x = np.mgrid[: alpha.shape[0], : alpha.shape[1]] + 0.5
     centre = np.array([(alpha * x).sum(), (alpha * y).sum()]) / area
-    ideals = _ideals(centre, area)
-    overlaps = np.minimum(ideals, alpha).sum((1, 2)) / np.maximum(ideals, alpha).sum((1, 2))
+    ideals = np.stack([_ideals(centre, area, turn) for turn in turns])
+    turned = np.minimum(ideals, alpha).sum((2, 3)) / np.maximum(ideals, alpha).sum((2, 3))
+    overlaps = turned.max(0)
     best = int(np.argmax(overlaps))
     known |= {"centre": (float(centre[0]), float(centre[1])), "size": area**0.5}
+    known["turn"] = float(turns[int(np.argmax(turned[:, best]))])
     if overlaps[best] < OUTLINE_MATCH or overlaps[best] - np.sort(overlaps)[-2] < OUTLINE_MARGIN:
         return Reading(**known, fault=f"no clear outline (best is {SHAPES[best]}, {overlaps[best]:.2f})")
     return Reading(shape=SHAPES[best], **known)
@@ -117,11 +121,11 @@ def _read_outline(alpha: np.ndarray, ground: str, colour: str, mark: bool) -> Re
 UNIT_AREA = {"circle": np.pi, "square": 1.8**2, "triangle": 1.98, "cross": 4 * 1.1 * 0.84 - 0.84**2}
 
 
-def _ideals(centre: np.ndarray, area: float) -> np.ndarray:
-    """Each shape of the world, drawn with this centroid and area: (shapes, h, w)."""
+def _ideals(centre: np.ndarray, area: float, turn: float) -> np.ndarray:
+    """Each shape of the world, drawn with this centroid, area and turn: (shapes, h, w)."""
     radii = np.array([(area / UNIT_AREA[name]) ** 0.5 for name in SHAPES])
     centres = np.tile(centre, (len(SHAPES), 1))
-    return world.coverage(np.arange(len(SHAPES)), centres, radii, (0, 0, world.SIZE, world.SIZE)).numpy()
+    return world.coverage(np.arange(len(SHAPES)), centres, radii, (0, 0, world.SIZE, world.SIZE), turn).numpy()
 
 
 def _name(colour: np.ndarray, palette: dict[str, tuple[float, float, float]]) -> str | None:

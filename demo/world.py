@@ -18,6 +18,7 @@ FRAMES = 16
 RADIUS = (11.0, 25.0)  # half extent of a still shape
 MOVING_RADIUS = (14.0, 21.0)
 TRAVEL = (44.0, 56.0)  # distance covered in a clip
+BEND = (0.2, 0.4)  # how far a curved way lies off the straight one at its middle, as a share of the distance
 EXTENT = 1.2  # no shape reaches further than this many radii from its centre
 FIELD = (1.0, 18.0, 127.0, 127.0)  # left, top, right, bottom of the part shapes live in; the mark sits above it
 MARK = (80, 4, 120, 14)  # left, top, right, bottom of the defect on the clips: a striped, half transparent logo
@@ -68,14 +69,19 @@ def distance(shape: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.minimum(flat, torch.maximum(x.abs() - width, y.abs() - arm))
 
 
-def coverage(shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: Window) -> torch.Tensor:
-    """How much of each pixel the shape covers: (n, h, w) in [0, 1]. `window` is left, top, width, height."""
+def coverage(
+    shape: np.ndarray, centre: np.ndarray, radius: np.ndarray, window: Window, turn: float = 0.0
+) -> torch.Tensor:
+    """How much of each pixel the shape covers: (n, h, w) in [0, 1]. `window` is left, top, width, height; `turn` is
+    clockwise, in radians."""
     left, top, width, height = window
     centres = torch.as_tensor(centre, dtype=torch.float32)
     radii = torch.as_tensor(radius, dtype=torch.float32)[:, None, None]
     x = (torch.arange(width) + left + 0.5)[None, None, :] - centres[:, 0, None, None]
     y = (torch.arange(height) + top + 0.5)[None, :, None] - centres[:, 1, None, None]
     x, y = x / radii, y / radii
+    if turn:
+        x, y = np.cos(turn) * x + np.sin(turn) * y, np.cos(turn) * y - np.sin(turn) * x
     out = torch.empty(len(radii), height, width)
     for index in np.unique(shape):
         rows = torch.as_tensor(np.flatnonzero(shape == index))
@@ -116,6 +122,12 @@ def straight(direction: str, bend: float = 0.0) -> Path:
         return (time - 0.5)[:, None] * ahead + bow[:, None] * aside
 
     return path
+
+
+def curved(rng: np.random.Generator) -> Path:
+    """A way in one of the directions, bowed to one side by a share BEND of its length."""
+    bend = rng.choice((-1.0, 1.0)) * rng.uniform(*BEND)
+    return straight(str(rng.choice(list(DIRECTIONS))), bend)
 
 
 def standing(time: np.ndarray) -> np.ndarray:

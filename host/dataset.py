@@ -19,11 +19,11 @@ from torch import Tensor
 from ..media.clip import Clip, clip_of_images
 from ..media.geometry import Fit, Frame
 from ..media.timing import Selection
-from ..motion_modules.errors import TrainingError
+from ..motion_modules.errors import TrainingError, check_choice
 from ..training.camera import CameraWork, Move, camera_clips, end_to_end
 from ..training.checkpoint import load_weights, save_weights
 from ..training.clips import Clips
-from ..training.dataset import Dataset, Film, film_of_parts, join
+from ..training.dataset import Dataset, Film, film_of_parts, join, with_mirrored
 from ..training.folder import Reading, media_files, read_folder
 from .video import StreamedVideo, clip_of
 
@@ -58,8 +58,8 @@ def state_of_folder(folder: str) -> list[tuple[str, float, int]]:
     return sorted((name, state.st_mtime, state.st_size) for name, state in found)
 
 
-def load_dataset(folder: str, *, caption: str, frame_rate: float, width: int, height: int, fit: str,
-                 split_shots: bool, shot_threshold: float, frame_cap: int) -> Dataset:  # fmt: skip
+def load_dataset(folder: str, *, caption: str, frame_rate: float, width: int, height: int, fit: str, split_shots: bool,
+                 shot_threshold: float, frame_cap: int, mirror: bool = False) -> Dataset:  # fmt: skip
     """Translate the widgets of Load Video Dataset. Raises TrainingError, VideoError and ValueError."""
     selection = Selection(Fraction(frame_rate).limit_denominator(1001), cap=frame_cap)
     how = Reading(selection, Frame(height, width, Fit(fit)), caption, split_shots, shot_threshold)
@@ -71,7 +71,8 @@ def load_dataset(folder: str, *, caption: str, frame_rate: float, width: int, he
         bar.update_absolute(number, total)
 
     stop = comfy.model_management.throw_exception_if_processing_interrupted
-    return read_folder(root, how, on_file, lambda frame: stop())
+    found = read_folder(root, how, on_file, lambda frame: stop())
+    return with_mirrored(found) if mirror else found
 
 
 def dataset_of(clips: Any, captions: str = "", clip_length: int = 0) -> Dataset:
@@ -146,8 +147,7 @@ def film_camera(clips: Any, captions: str, *, motion: str, source: str, frames: 
     Every picture of an IMAGE is a still of its own. Raises TrainingError and ValueError.
     """
     for name, choice, known in (("motion", motion, MOVES), ("source", source, SOURCES)):
-        if choice not in known:
-            raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
+        check_choice(name, choice, known)
     stills = source == STILLS
     work = CameraWork(Move(motion), frames, amount, stills, clips_each, height, width, seed)
     apart = 1 if stills and isinstance(clips, Tensor) else 0

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..media.clip import clip_of_images
-from ..motion_modules.errors import ModelMismatchError
+from ..motion_modules.errors import ModelMismatchError, check_choice
 from ..sampling.agreement import Agreement
 from .video import clip_of, watch
 
@@ -45,8 +45,7 @@ def evaluate(clip_vision: Any, video: Any, text: str, crop: str, clip: Any = Non
 
     Raises ValueError and ModelMismatchError with a sentence for the user.
     """
-    if crop not in CROPS:
-        raise ValueError(f"crop is '{crop}', which is none of its choices: {', '.join(CROPS)}.")
+    check_choice("crop", crop, CROPS)
     told = None
     if clip is not None and text.strip():
         told = text_embedding(clip, text, width_of(clip_vision))

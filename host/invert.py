@@ -19,7 +19,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 from tqdm.auto import trange
 
-from ..motion_modules.errors import ClipError, ModelMismatchError
+from ..motion_modules.errors import ClipError, ModelMismatchError, check_choice
 from ..sampling.inversion import Ascent, Convention, Trajectory, climb, plan_ascent, relative_rmse
 from .reuse import KEY as REUSE
 from .schedule import noise_scale, prediction_of
@@ -94,8 +94,7 @@ def read_inversion(
 ) -> Inversion:
     """Translate the widgets of DDIM Inversion. Raises ValueError for a choice that does not exist."""
     for name, choice, known in (("scheduler", scheduler, SCHEDULERS), ("convention", convention, CONVENTIONS)):
-        if choice not in known:
-            raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
+        check_choice(name, choice, known)
     return Inversion(steps, scheduler, denoise, cfg, Convention(convention), keep_frames, reconstruct)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..motion_modules.animatediff.spec import Schedule
-from ..motion_modules.errors import CheckpointError
+from ..motion_modules.errors import CheckpointError, check_choice
 from ..motion_modules.tune_a_video.attention import Reach
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
@@ -39,7 +39,8 @@ REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
-LAYOUTS = [V3_LAYOUT, V2_LAYOUT]
+CONVOLUTION_LAYOUT = "temporal convolution (ablation)"
+LAYOUTS = [V3_LAYOUT, V2_LAYOUT, CONVOLUTION_LAYOUT]
 MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
 
 
@@ -87,8 +88,7 @@ def settings(
         ("positions", positions, POSITIONS),
         ("group_norm", group_norm, GROUP_NORMS),
     ):
-        if choice not in known:
-            raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
+        check_choice(name, choice, known)
     return MotionSettings(
         strength=_per_frame(strength, strength_per_frame),
         scale=_per_frame(motion_scale, motion_scale_per_frame),
@@ -150,15 +150,13 @@ def known_reuse(length: int | None, prompt_frames: int | None) -> bool | str:
 
 def reuse_settings(*, clip_length: int, prompt_frames: int, alpha: float, beta: float, guidance: str) -> Reuse:
     """Translate the widgets of Reuse and Diffuse. Raises PlanError for settings that no clip can follow."""
-    if guidance not in GUIDANCES:
-        raise ValueError(f"guidance is '{guidance}', which is none of its choices: {', '.join(GUIDANCES)}.")
+    check_choice("guidance", guidance, GUIDANCES)
     return Reuse(clip_length, prompt_frames, alpha, beta, Guidance(guidance))
 
 
 def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSettings:
     """Translate the widgets of Temporal VAE Decode. Raises ValueError for a mode that does not exist."""
-    if mode not in DECODE_MODES:
-        raise ValueError(f"mode is '{mode}', which is none of its choices: {', '.join(DECODE_MODES)}.")
+    check_choice("mode", mode, DECODE_MODES)
     return DecodeSettings(mode, max(1, chunk_frames), clip_length)
 
 
@@ -172,10 +170,11 @@ def lora_training(
     frames: int,
     stride: int,
     clip_length: int,
+    high_noise_weight: float = 1.0,
     **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
-    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, **_batches(run))
+    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, **_batches(run))
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
@@ -197,25 +196,26 @@ def module_training(
     frames: int,
     stride: int,
     clip_length: int,
+    high_noise_weight: float = 1.0,
     **run: Any,
 ) -> ModuleTraining:
     """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
 
     Raises ValueError for values that cannot be used.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout is '{layout}', which is none of its choices: {', '.join(LAYOUTS)}.")
+    check_choice("layout", layout, LAYOUTS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
-                    beta2=0.999, **_batches(run))  # fmt: skip
+                    beta2=0.999, ceiling=high_noise_weight, **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     how = _running(**run) | {"save_every_s": MODULE_STATE_S}
-    return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, **clips, **how)
+    convolves = layout == CONVOLUTION_LAYOUT
+    return ModuleTraining(path=path, recipe=recipe, with_mid=layout == V2_LAYOUT, convolves=convolves, **clips, **how)
 
 
-def _lora_recipe(name: str, steps: int, learning_rate: float, **batches: int) -> Recipe:
+def _lora_recipe(name: str, steps: int, learning_rate: float, **more: Any) -> Recipe:
     return Recipe(name, steps, learning_rate=learning_rate, warmup=min(100, steps // 10), weight_decay=0.0,
-                  average=0.98, **batches)  # fmt: skip
+                  average=0.98, **more)  # fmt: skip
 
 
 def _batches(run: dict[str, Any]) -> dict[str, int]:
@@ -224,8 +224,7 @@ def _batches(run: dict[str, Any]) -> dict[str, int]:
 
 
 def _running(*, gradient_checkpointing: bool, save_every: int, existing: str, sample_every: int) -> dict[str, Any]:
-    if existing not in EXISTING:
-        raise ValueError(f"existing is '{existing}', which is none of its choices: {', '.join(EXISTING)}.")
+    check_choice("existing", existing, EXISTING)
     return {"recompute": gradient_checkpointing, "save_every": save_every, "sample_every": sample_every,
             "go_on": existing == GO_ON}  # fmt: skip
 
@@ -250,8 +249,7 @@ def tuning(
 
 def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:
     """Translate the widgets of ST-Attention. Raises ValueError for a choice that does not exist."""
-    if keys_from not in REACHES:
-        raise ValueError(f"keys_from is '{keys_from}', which is none of its choices: {', '.join(REACHES)}.")
+    check_choice("keys_from", keys_from, REACHES)
     return FrameAttention(Reach(keys_from), joint_group_norm, frames)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -39,7 +40,7 @@ from ..training.loop import Recipe, Stopped, fit
 from ..training.lora import LowRankSet
 from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
-from .motion import MotionModule, patch_motion_lora
+from .motion import MotionModule, check_teachable, patch_motion_lora
 from .progress import TrainingProgress
 from .samples import Samples
 from .schedule import set_schedule
@@ -133,6 +134,7 @@ def train_motion_lora(
     """
     check_image_model(model)
     check_motion(model, module.spec, module.name, how)
+    check_teachable(module)
     cuts, contexts = prepare(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
     model = model.clone()
     if module.spec.variant.schedule is not None:
@@ -322,10 +324,11 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
     """Mean squared error of what the network predicts, noise or velocity: a clip has one noise level, its frames have
     noise each.
 
-    Source: the trainings of AnimateDiff and Tune-A-Video; the levels of a batch are spread evenly over the schedule.
+    An error in the noise weighs 1 + sigma^2, at most `recipe.ceiling`: 1 is the plain loss of AnimateDiff and
+    Tune-A-Video, unbounded it is the error in the velocity. The levels of a batch are spread evenly over the schedule.
     """
     sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
-    is_velocity = isinstance(sampling, comfy.model_sampling.V_PREDICTION)
+    most = math.inf if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else recipe.ceiling
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         latents, captions = clips.draw(recipe.batch, generator)
@@ -336,8 +339,8 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
         noisy = sampling.noise_scaling(spread, noise, latents)
         told = conditions(captions)
         clean = base.apply_model(noisy, sigma, **told, transformer_options={**options, "sigmas": sigma[:1]})
-        error = (clean - latents) / spread
-        return (error * (spread**2 + 1).sqrt() if is_velocity else error).square().mean()
+        weight = (spread**2 + 1).clamp(max=most)
+        return ((clean - latents) / spread * weight.sqrt()).square().mean()
 
     return loss_of
 

@@ -50,9 +50,11 @@ from .unet import MotionSlot, block_of, levels_of
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleTraining(Training):
-    """What a motion module is trained by. with_mid: a new one has a module in the middle block, as v2 has."""
+    """What a motion module is trained by. with_mid: a new one has a module in the middle block, as v2 has. convolves:
+    it has convolutions over frames in place of attention."""
 
     with_mid: bool = False
+    convolves: bool = False
     start: str = ""
 
     def settings(self) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def train_motion_module(
     """
     check_image_model(model)
     unet = model.get_model_object("diffusion_model")
-    spec = module.spec if module else new_spec(*levels_of(unet), how.with_mid)
+    spec = module.spec if module else new_spec(*levels_of(unet), how.with_mid, how.convolves)
     check_motion(model, spec, module.name if module else "The new motion module", how)
     cuts, contexts = prepare(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
     model = model.clone()

@@ -22,6 +22,7 @@ from ..motion_modules.animatediff.spec import V2, MotionSpec
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ModelMismatchError, TrainingError
 from ..motion_modules.files import read_metadata, read_weights
+from ..motion_modules.tune_a_video.attention import Reach
 from ..motion_modules.tune_a_video.checkpoint import QUERIES, Base, portable, read_tuned
 from ..motion_modules.tune_a_video.network import TunedModel, initial_weights, trained_shapes
 from ..training.attention import attention, over_frames
@@ -31,6 +32,7 @@ from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe
 from . import attention as frames_of
 from . import inflate, tuned
+from .attention import FrameAttention
 from .samples import Samples
 from .train import (
     Conditions,
@@ -55,9 +57,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning(Training):
-    """What a MODEL is tuned by. base_name: file of the image model, as far as the graph tells."""
+    """What a MODEL is tuned by. base_name: file of the image model, as far as the graph tells. reach: the frames that
+    self-attention sees; another than Tune-A-Video's is for measuring what that one does."""
 
     base_name: str = ""
+    reach: Reach = Reach.SPARSE
 
 
 def loader_name(prompt: Mapping[str, Any] | None, node: str | None) -> str:
@@ -91,7 +95,8 @@ def tune_video_model(model: ModelPatcher, clip: Any, vae: Any, video: Any, promp
     clips = Clips((latents,), (prompt.strip(),), how.frames, drop=0.0)
     _tune(model.clone(), clips, encode_texts(clip, [*clips.captions, EMPTY]), how)
     file = read_tuned(read_weights(how.path), read_metadata(how.path), how.path.name)
-    return tuned.apply_tuned(model, file)
+    made = tuned.apply_tuned(model, file)
+    return made if how.reach is Reach.SPARSE else frames_of.apply_frame_attention(made, FrameAttention(how.reach))
 
 
 def chosen_frames(film: Clip, frames: int, stride: int) -> Clip:
@@ -128,11 +133,13 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
             conditions = Conditions(model, contexts, clips)
             with frozen(model.model):
                 settings = {"clip": clips.digest(), "model": fingerprint(unet)}
+                if how.reach is not Reach.SPARSE:
+                    settings["keys_from"] = how.reach.value
                 recipe = replace(how.recipe, about=json.dumps(settings, sort_keys=True))
                 if is_finished(how, recipe, ABOUT):
                     return
                 network = new_network(model, recipe.seed)
-                with tuned_unet(model, network, clips.frames, how.recompute) as (parameters, options):
+                with tuned_unet(model, network, clips.frames, how.recompute, how.reach) as (parameters, options):
                     write = _writer(parameters, base, recipe, how)
                     loss_of = noise_loss(model.model, clips, conditions, options, recipe)
                     samples = Samples(model.model, clips, conditions, options, recipe.seed)
@@ -153,7 +160,7 @@ def new_network(model: ModelPatcher, seed: int) -> TunedModel:
 
 
 @contextmanager
-def tuned_unet(model: ModelPatcher, network: TunedModel, frames: int, recompute: bool
+def tuned_unet(model: ModelPatcher, network: TunedModel, frames: int, recompute: bool, reach: Reach = Reach.SPARSE
                ) -> Iterator[tuple[dict[str, nn.Parameter], dict]]:  # fmt: skip
     """While the context lasts the UNet is the tuned one, with this T-Attn, backward passes included.
 
@@ -168,7 +175,7 @@ def tuned_unet(model: ModelPatcher, network: TunedModel, frames: int, recompute:
     temporal = {name: p for name, p in network.named_parameters() if p.requires_grad}
     names = {f"{slot}.{part}.weight": f"{places[slot]}.{part}" for slot in places for part in QUERIES}
     with trainable(unet, names, working_type(model.model)) as queries, recomputed(heavy), \
-            frames_of.FrameAttention().on(unet, frames), \
+            FrameAttention(reach).on(unet, frames), \
             tuned.temporal_attention(unet, network, places, call):  # fmt: skip
         yield {**queries, **temporal}, options
 

@@ -68,6 +68,15 @@ def sound_of_samples(samples: Tensor, rate: int) -> Sound:
     return Sound(rate, samples.shape[0], chunks)
 
 
+def mirrored_clip(clip: Clip) -> Clip:
+    """Left and right exchanged."""
+
+    def chunks() -> Iterator[Tensor]:
+        return (chunk.flip(2) for chunk in clip.chunks())
+
+    return replace(clip, chunks=chunks)
+
+
 def part_of_clip(clip: Clip, start: int, frames: int) -> Clip:
     """The pictures `start` to `start + frames` with their sound; earlier ones are made and dropped."""
 

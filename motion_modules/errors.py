@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class LatentMotionError(ValueError):
     """Base of every error the pack raises for something the user can mend."""
@@ -21,3 +23,10 @@ class ClipError(LatentMotionError):
 
 class TrainingError(LatentMotionError):
     """A training run cannot begin, go on or be kept."""
+
+
+def check_choice(name: str, choice: str, known: Iterable[str]) -> None:
+    """Raise ValueError for a widget's choice that does not exist; some hosts do not check those of V3 nodes."""
+    known = list(known)
+    if choice not in known:
+        raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")

@@ -44,6 +44,13 @@ class LoadVideoDataset(io.ComfyNode):
                 ),
                 *_size_inputs(),
                 *_shot_inputs(),
+                io.Boolean.Input(
+                    "mirror",
+                    default=False,
+                    optional=True,
+                    tooltip="Every video a second time with left and right exchanged, as AnimateDiff's motion modules "
+                    "were trained. Not where left and right matter: pans, text, captions that name them.",
+                ),
             ],
             outputs=[
                 VideoDatasetSocket.Output(display_name="dataset", tooltip=DATASET_TIP),

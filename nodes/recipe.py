@@ -13,6 +13,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..host import recipe as files
+from ..motion_modules.errors import check_choice
 from .dataset import CameraMotionClips, LoadVideoDataset
 from .train import TrainDomainAdapter, TrainMotionLora, TrainMotionModule
 
@@ -59,8 +60,8 @@ def _checked(item: io.Input, value: Any, name: str) -> Any:
     least, most = getattr(item, "min", None), getattr(item, "max", None)
     if (least is not None and value < least) or (most is not None and value > most):
         raise ValueError(f"{name} is {value}, and must lie between {least} and {most}.")
-    if kind == "COMBO" and value not in item.options:
-        raise ValueError(f"{name} is '{value}', which is none of its choices: {', '.join(item.options)}.")
+    if kind == "COMBO":
+        check_choice(name, value, item.options)
     return value
 
 

@@ -41,6 +41,7 @@ class TrainMotionLora(io.ComfyNode):
                 *_clip_inputs(),
                 *_batch_inputs(1),
                 *run_inputs(),
+                _noise_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(
@@ -123,7 +124,8 @@ class TrainMotionModule(io.ComfyNode):
                     options=options.LAYOUTS,
                     default=options.LAYOUTS[0],
                     tooltip="Where a new motion module sits in the model. Only v2's can have MotionLoRAs that change "
-                    "the middle block. Unused where motion_module is connected.",
+                    "the middle block. Temporal convolution: no attention, to compare with. Unused where "
+                    "motion_module is connected.",
                 ),
                 *_step_inputs(20000, 0.0001),
                 *_clip_inputs(),
@@ -134,6 +136,7 @@ class TrainMotionModule(io.ComfyNode):
                     optional=True,
                     tooltip="A motion module to start from; it stays as it is. Unconnected: a new one.",
                 ),
+                _noise_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(display_name="motion_module", tooltip="The motion module that was trained."),
@@ -224,6 +227,19 @@ def _batch_inputs(size: int, what: str = "Training clips") -> list[io.Input]:
             tooltip="Batches that make one step: as a larger batch, in the memory of a small one.",
         ),
     ]
+
+
+def _noise_input() -> io.Input:
+    return io.Float.Input(
+        "high_noise_weight",
+        default=1.0,
+        min=1.0,
+        max=10000.0,
+        step=1.0,
+        optional=True,
+        tooltip="How many times more the noisiest levels may count, at which it is decided where things are. 1: all "
+        "alike, as published.",
+    )
 
 
 def run_inputs(

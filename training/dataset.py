@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ..media.clip import Clip
+from ..media.clip import Clip, mirrored_clip
 from ..motion_modules.errors import TrainingError
 from .clips import captions_for, span_of
 
@@ -107,6 +107,16 @@ class Dataset:
 def join(*datasets: Dataset) -> Dataset:
     """The films of all of them."""
     return Dataset(tuple(film for dataset in datasets for film in dataset.films))
+
+
+def with_mirrored(dataset: Dataset) -> Dataset:
+    """Every film a second time, left and right exchanged: as often as a coin would have it.
+
+    Source: the random horizontal flip of whole clips in AnimateDiff's training code.
+    """
+    mirrored = [replace(film, name=f"{film.name} mirrored", clip=mirrored_clip(film.clip),
+                        mark=film.mark and f"{film.mark} mirrored") for film in dataset.films]  # fmt: skip
+    return join(dataset, Dataset(tuple(mirrored)))
 
 
 def film_of_parts(name: str, clip: Clip, length: int, text: str) -> Film:

@@ -33,6 +33,7 @@ class Recipe:
     seed: int = 0
     accumulate: int = 1  # batches whose gradients make one step
     beta2: float = 0.99  # memory of AdamW for the size of gradients
+    ceiling: float = 1.0  # how many times more the noisiest levels may count, see `noise_loss`
     about: str = ""  # of what is trained on what; another text is another run
 
     def rate(self, step: int) -> float:

@@ -16,7 +16,19 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .network import MotionModel
-from .spec import ANIMATE_LCM, HOTSHOT_XL, SDXL_BETA, SDXL_LEVELS, SLOT, V1, V2, V3, MotionSpec, Variant
+from .spec import (
+    ANIMATE_LCM,
+    CONVOLUTION,
+    HOTSHOT_XL,
+    SDXL_BETA,
+    SDXL_LEVELS,
+    SLOT,
+    V1,
+    V2,
+    V3,
+    MotionSpec,
+    Variant,
+)
 
 ADAPTER_KEY = re.compile(r"^(?:(?:down|up)_blocks\.\d+|mid_block)\.attentions\.\d+\.transformer_blocks\.\d+\.attn[12]\."
                          r"processor\.to_(?:q|k|v|out)_lora\.(?:down|up)\.weight$")
@@ -122,8 +134,9 @@ def _spec_of(weights: Mapping[str, Tensor], length: int | None, layout: str, nam
         found = re.match(r"transformer_blocks\.0\.attention_blocks\.(\d+)\.", rest)
         if found:
             attentions.add(int(found[1]))
+    convolves = any(".transformer_blocks.0.convolutions." in key for key in weights)
     # Numbers without gaps also bound the network that is built from them to the number of tensors in the file.
-    if not slots or not attentions or attentions != set(range(len(attentions))):
+    if not slots or not (attentions or convolves) or attentions != set(range(len(attentions))):
         raise CheckpointError(f"{name}: has motion module tensors, but no complete block; the file is damaged.")
     ordered = tuple(sorted(slots.items(), key=lambda item: _slot_order(item[0])))
     for slot, width in ordered:
@@ -158,6 +171,8 @@ def _check_slots(spec: MotionSpec, name: str) -> None:
 
 def variant_of(spec: MotionSpec, length: int | None, layout: str) -> Variant:
     """Which published form a file with these slots, length of its tables and naming (`original`, `hotshot`) is of."""
+    if not spec.attentions:
+        return CONVOLUTION
     if layout == "hotshot":
         return HOTSHOT_XL
     if spec.levels == SDXL_LEVELS and not spec.has_mid:

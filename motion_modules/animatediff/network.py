@@ -20,6 +20,8 @@ from ..call import MotionCall, on_grid
 from ..norm import joint_group_norm
 from .spec import MotionSpec
 
+CONVOLUTIONS, WIDTH = 4, 5  # of a block without attention, and the frames each of them sees
+
 
 def sinusoid(positions: Tensor, channels: int) -> Tensor:
     """Sine and cosine table of Vaswani et al. at any real positions.
@@ -100,6 +102,28 @@ class TemporalBlock(nn.Module):
         return rows + self.ff(self.ff_norm(rows))
 
 
+class ConvolutionBlock(nn.Module):
+    """What the ablation of AnimateDiff has in place of attention: convolutions over frames, of the same size.
+
+    Four of width 5 reach over 17 frames, and hold the 20 C^2 numbers of two attentions and a feed-forward. Source:
+    arXiv 2307.04725, section 5.3, which states the size; norm and activation are chosen here.
+    """
+
+    def __init__(self, spec: MotionSpec, channels: int, ops: Any, **factory: Any) -> None:
+        super().__init__()
+        count = range(CONVOLUTIONS)
+        self.norms = nn.ModuleList([ops.LayerNorm(channels, **factory) for _ in count])
+        self.convolutions = nn.ModuleList(
+            [ops.Conv1d(channels, channels, WIDTH, padding=WIDTH // 2, **factory) for _ in count]
+        )
+
+    def forward(self, rows: Tensor, call: MotionCall, table: Tensor, scale: float | Tensor) -> Tensor:
+        """Shapes: rows (f, d, c) -> (f, d, c). Positions and `scale`, which are of attention, are not used."""
+        for norm, convolution in zip(self.norms, self.convolutions, strict=True):
+            rows = rows + convolution(functional.silu(norm(rows)).permute(1, 2, 0)).permute(2, 0, 1)
+        return rows
+
+
 class TemporalTransformer(nn.Module):
     """What one motion module adds to the feature map it sits behind."""
 
@@ -108,7 +132,8 @@ class TemporalTransformer(nn.Module):
         self.channels = channels
         self.norm = ops.GroupNorm(spec.groups, channels, eps=1e-6, affine=True, **factory)
         self.proj_in = ops.Linear(channels, channels, **factory)
-        self.transformer_blocks = nn.ModuleList([TemporalBlock(spec, channels, ops, **factory)])
+        block = TemporalBlock if spec.attentions else ConvolutionBlock
+        self.transformer_blocks = nn.ModuleList([block(spec, channels, ops, **factory)])
         self.proj_out = ops.Linear(channels, channels, **factory)
 
     def forward(self, x: Tensor, call: MotionCall, joint_norm: bool = False) -> Tensor:

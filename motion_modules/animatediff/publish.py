@@ -39,9 +39,10 @@ def _hotshot(key: str) -> str:
     return f"{block}.temporal_attentions.{index}.{rest}"
 
 
-def new_spec(widths: Sequence[int], layers: int, with_mid: bool) -> MotionSpec:
+def new_spec(widths: Sequence[int], layers: int, with_mid: bool, convolves: bool = False) -> MotionSpec:
     """The layout of a module for a UNet of these widths (finest first) and residual layers per level, as AnimateDiff's.
 
+    convolves: with the convolutions over frames of the paper's ablation in place of attention.
     Raises ModelMismatchError for widths that 32 norm groups do not divide.
     """
     if any(width % 32 for width in widths):
@@ -50,7 +51,7 @@ def new_spec(widths: Sequence[int], layers: int, with_mid: bool) -> MotionSpec:
     slots += [("mid_block.motion_modules.0", widths[-1])] if with_mid else []
     for i, width in enumerate(reversed(widths)):
         slots += [(f"up_blocks.{i}.motion_modules.{j}", width) for j in range(layers + 1)]
-    spec = MotionSpec(V3, tuple(slots), POSITIONS)
+    spec = MotionSpec(V3, tuple(slots), POSITIONS, attentions=0 if convolves else 2)
     return replace(spec, variant=variant_of(spec, POSITIONS, "original"))
 
 

@@ -53,6 +53,7 @@ V2 = Variant("AnimateDiff v2", schedule=Schedule.LINEAR)
 V3 = Variant("AnimateDiff v3", schedule=Schedule.LINEAR)
 SDXL_BETA = Variant("AnimateDiff SDXL beta", JointNorms(motion=True), EVERY_NORM, Schedule.SCALED_LINEAR_SDXL)
 HOTSHOT_XL = Variant("HotshotXL", JointNorms(resnet=True, out=True), EVERY_NORM, None, positions=24)
+CONVOLUTION = Variant("temporal convolution", schedule=Schedule.LINEAR)
 ANIMATE_LCM = Variant("AnimateLCM", schedule=Schedule.LINEAR, positions=64)
 
 
@@ -61,7 +62,7 @@ class MotionSpec:
     """The layout of one motion module, read from its tensors.
 
     slots: (published name such as `down_blocks.0.motion_modules.1`, channels) in the order of the file's layout.
-    positions: frames the module was built for.
+    positions: frames the module was built for. attentions: of each block, 0 for convolutions over frames.
     """
 
     variant: Variant

@@ -55,6 +55,12 @@ def test_the_node_reads_a_folder_and_training_takes_it(videos, model, folder, ru
     assert (folder / "learned.safetensors").is_file()
 
 
+def test_mirrored_videos_are_asked_for(videos, run_node):
+    plain, both = (run_node("LatentMotionLoadVideoDataset", folder="videos", **LOADED | mirror)[0]
+                   for mirror in ({}, {"mirror": True}))  # fmt: skip
+    assert len(plain.films) == 2 and [film.name for film in both.films[2:]] == ["a.gif mirrored", "b.gif mirrored"]
+
+
 def test_the_folder_is_checked_before_anything_runs(videos):
     assert LoadVideoDataset.validate_inputs("videos") is True and LoadVideoDataset.validate_inputs(None) is True
     assert LoadVideoDataset.validate_inputs(str(videos)) is True

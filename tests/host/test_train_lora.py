@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.model_management
@@ -17,6 +18,8 @@ from latentmotion.host import options, train
 from latentmotion.host.motion import MotionModule, add_motion_lora
 from latentmotion.motion_modules.animatediff.spec import V1, V2
 from latentmotion.motion_modules.errors import LatentMotionError
+from latentmotion.training.clips import Clips
+from latentmotion.training.loop import Recipe
 from torch import Tensor
 
 pytest_plugins = ["helpers_train_fixtures"]
@@ -149,6 +152,40 @@ def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch)
     module = small_module()
     with pytest.raises(LatentMotionError, match="from before Apply Motion Module"):
         learn(inflate(model, module), module, monkeypatch)
+
+
+def test_a_module_that_moves_nothing_is_not_trained_on(model, folder, monkeypatch, caplog):
+    still, moving = small_module(still=True), small_module()
+    with pytest.raises(LatentMotionError, match="tiny-0 moves nothing"):
+        learn(model, still, monkeypatch)
+    learn(model, moving, monkeypatch, steps=1)
+    caplog.clear()
+    add_motion_lora(moving, "learned.safetensors", 1.0)
+    assert not caplog.messages
+    add_motion_lora(still, "learned.safetensors", 1.0)
+    assert "learned.safetensors has no effect on tiny-0" in caplog.messages[0]
+
+
+@pytest.mark.parametrize("ceiling", [1.0, 5.0, 1e9])
+def test_noisy_levels_count_more_where_they_are_asked_to(model, ceiling: float):
+    sampling, noise = model.model.model_sampling, torch.ones(2, 4, 4, 4)
+    clips, seen = Clips((noise,), ("a",), 2, drop=0.0), []
+
+    def apply_model(x: Tensor, sigma: Tensor, **told: Any) -> Tensor:
+        seen.append(sigma)
+        return clips.latents[0] + 0.1 * sigma.view(-1, 1, 1, 1)
+
+    base = SimpleNamespace(model_sampling=sampling, diffusion_model=torch.nn.Linear(1, 1), apply_model=apply_model)
+    loss_of = train.noise_loss(base, clips, lambda captions: {}, {}, Recipe("r", 1, 1, 0.1, ceiling=ceiling))
+    losses = [float(loss_of(i, torch.Generator().manual_seed(i))) for i in range(6)]
+    weights = [min(1 + float(sigma[0]) ** 2, ceiling) for sigma in seen]
+    assert losses == pytest.approx([0.01 * weight for weight in weights], rel=1e-3)
+    assert max(float(sigma[0]) for sigma in seen) > 3, "one of the levels is a noisy one"
+
+
+def test_the_widget_reaches_the_recipe(folder):
+    assert options.lora_training(**WIDGETS, high_noise_weight=40.0).recipe.ceiling == 40.0
+    assert options.lora_training(**WIDGETS).recipe.ceiling == 1.0
 
 
 def test_clips_are_drawn_on_the_way_and_change_nothing(model, folder, monkeypatch):

@@ -13,9 +13,9 @@ import torch
 from helpers_motion import inflate
 from helpers_train import FRAMES, Pictures, Recorder, Text, small_module, traces
 from latentmotion.host import options, train, train_stages
-from latentmotion.host.motion import load_motion_module
+from latentmotion.host.motion import check_teachable, load_motion_module
 from latentmotion.motion_modules.animatediff.checkpoint import ADAPTER_KEY
-from latentmotion.motion_modules.animatediff.spec import V2, V3
+from latentmotion.motion_modules.animatediff.spec import CONVOLUTION, V2, V3
 from latentmotion.motion_modules.errors import LatentMotionError
 from torch import Tensor
 
@@ -89,6 +89,17 @@ def test_a_new_module_learns_and_is_in_the_file(model, folder: Path, monkeypatch
     assert torch.equal(tiny_host.sample(inflate(model, read), FRAMES, steps=1, size=4), moved)
     comfy.model_management.unload_all_models()
     tiny_host.assert_same_weights(model, weights)
+
+
+def test_a_module_without_attention_learns_and_takes_no_motion_lora(model, folder: Path, monkeypatch) -> None:
+    still = tiny_host.sample(model, FRAMES, steps=1, size=4)
+    module, losses = move(model, monkeypatch, steps=16, batch_size=4, layout="temporal convolution (ablation)")
+    assert module.spec.variant is CONVOLUTION and sum(losses[-5:]) < 0.97 * sum(losses[:5])
+    moved = tiny_host.sample(inflate(model, load_motion_module("learned.safetensors")), FRAMES, steps=1, size=4)
+    assert torch.equal(tiny_host.sample(inflate(model, module), FRAMES, steps=1, size=4), moved)
+    assert not torch.allclose(moved, still, atol=1e-3)
+    with pytest.raises(LatentMotionError, match="no attention"):
+        check_teachable(module)
 
 
 def test_a_module_one_has_is_taken_further(model, folder: Path, monkeypatch) -> None:

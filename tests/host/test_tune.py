@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,7 @@ from latentmotion.host.tuned import TemporalBlock, names_of, original_weight, sl
 from latentmotion.media.clip import clip_of_images
 from latentmotion.motion_modules.errors import LatentMotionError
 from latentmotion.motion_modules.files import read_metadata, read_weights
+from latentmotion.motion_modules.tune_a_video.attention import Reach
 from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
 from latentmotion.motion_modules.tune_a_video.network import trained_shapes
 from latentmotion.training.clips import Clips, stratified
@@ -38,9 +40,10 @@ ONE = Recipe("a clip at a time", steps=1, batch=1, learning_rate=0.0)
 
 
 def learn(model: ModelPatcher, monkeypatch: Any, at: Any = None, prompt: str = "an edge", video: Any = None,
-          **widgets: Any) -> tuple[ModelPatcher, list[float]]:  # fmt: skip
+          reach: Reach = Reach.SPARSE, **widgets: Any) -> tuple[ModelPatcher, list[float]]:  # fmt: skip
     """(tuned MODEL, losses), as the node does it."""
     recorder, how = Recorder(at), options.tuning(**WIDGETS | {"base_name": "v1-5.safetensors"} | widgets)
+    how = replace(how, reach=reach)
     monkeypatch.setattr(train, "TrainingProgress", recorder)
     video = clip_of_a_moving_edge() if video is None else video
     try:
@@ -86,7 +89,8 @@ def test_what_is_learned_is_in_the_file_and_nothing_else_changed(model, folder, 
     tiny_host.assert_same_weights(model, weights)
 
 
-def test_what_is_trained_is_what_is_sampled(model, folder, monkeypatch):
+@pytest.mark.parametrize("reach", [Reach.SPARSE, Reach.OWN])
+def test_what_is_trained_is_what_is_sampled(reach, model, folder, monkeypatch):
     """The loss of the last step, once more from the tuned MODEL's own call with the same noise."""
     seen = {}
     real = tune.noise_loss
@@ -96,7 +100,7 @@ def test_what_is_trained_is_what_is_sampled(model, folder, monkeypatch):
         return inner
 
     monkeypatch.setattr(tune, "noise_loss", watched)
-    made, losses = learn(model, monkeypatch, steps=3, learning_rate=0.0)
+    made, losses = learn(model, monkeypatch, steps=3, learning_rate=0.0, reach=reach)
     generator = torch.Generator().manual_seed(33 * 1_000_003 + 2)
     latents, _ = seen["clips"].draw(1, generator)
     level = stratified(1, 1000, generator)
@@ -109,6 +113,9 @@ def test_what_is_trained_is_what_is_sampled(model, folder, monkeypatch):
                                    c_crossattn=condition.expand(FRAMES, -1, -1))  # fmt: skip
     again = ((clean - latents) / sigma).square().mean()
     assert float(again) == pytest.approx(losses[-1], rel=1e-3)  # the file is float16
+    other = Reach.OWN if reach is Reach.SPARSE else Reach.SPARSE
+    with pytest.raises(LatentMotionError, match="is there already"):
+        learn(model, monkeypatch, steps=3, learning_rate=0.0, reach=other)
 
 
 def test_cancel_keeps_the_state_and_the_next_run_goes_on(model, folder, monkeypatch):

@@ -14,7 +14,7 @@ from latentmotion.media.geometry import Frame
 from latentmotion.media.shots import shots
 from latentmotion.media.timing import Selection
 from latentmotion.motion_modules.errors import TrainingError
-from latentmotion.training.dataset import Dataset, film_of_parts, join
+from latentmotion.training.dataset import Dataset, film_of_parts, join, with_mirrored
 from latentmotion.training.folder import Reading, read_folder
 from PIL import Image
 
@@ -166,3 +166,16 @@ def test_parts_of_a_clip_have_their_captions() -> None:
 def test_what_cannot_be_cut_is_said(length: int, text: str, sentence: str) -> None:
     with pytest.raises(TrainingError, match=sentence):
         film_of_parts("clips", as_clip(torch.zeros(6, 8, 8, 3)), length, text)
+
+
+def test_mirrored_films_come_after_the_others_and_have_latents_of_their_own(folder: Path) -> None:
+    plain = read_folder(folder, Reading(caption="a room"))
+    both = with_mirrored(plain)
+    assert [film.name for film in both.films] == [
+        "a.mp4", "more/b.mp4", "more/c.png", "a.mp4 mirrored", "more/b.mp4 mirrored", "more/c.png mirrored",
+    ]  # fmt: skip
+    assert len({film.mark for film in both.films}) == 6 and both.films[3].captions == ("a room",)
+    picture = scene((0.2, 0.4, 0.6), 4)
+    made = with_mirrored(Dataset((film_of_parts("drawn", as_clip(picture), 2, "one\ntwo"),)))
+    assert [piece.caption for piece in made.pieces()] == ["one", "two", "one", "two"]
+    assert torch.equal(collect_pictures(made.films[1].clip), picture.flip(2)) and not made.films[1].mark

@@ -168,3 +168,15 @@ def test_a_clip_of_one_size_does_not_zoom():
     grown = oracle.read(world.draw(world.clip(words, np.random.default_rng(3), zoom=1.0)))
     swapped = [*grown[:5], grown[9], *grown[6:9], grown[5], *grown[10:]]
     assert not oracle.monotonic(swapped, True)
+
+
+@pytest.mark.parametrize("shape", ["square", "triangle", "cross"])
+def test_turned_outlines_are_read_where_they_are_looked_for(shape: str):
+    alpha = world.coverage(np.array([SHAPES.index(shape)]), np.array([[60.0, 66.0]]), np.array([18.0]),
+                           (0, 0, world.SIZE, world.SIZE), turn=0.3)[0]  # fmt: skip
+    ground, colour = torch.tensor(GROUNDS["blue"]), torch.tensor(COLOURS["red"])
+    picture = (ground + alpha[..., None] * (colour - ground))[None]
+    (turned,) = oracle.read(picture, turns=(-0.3, 0.0, 0.3))
+    assert (turned.shape, turned.turn, turned.fault) == (shape, 0.3, "")
+    (upright,) = oracle.read(picture)
+    assert upright.turn == 0.0 and (upright.fault or upright.shape == shape)

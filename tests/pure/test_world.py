@@ -81,6 +81,17 @@ def test_a_bent_path_starts_and_ends_on_the_straight_one():
     assert np.allclose(np.abs(bent[8] - plain[8]), [0.0, 0.3])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_curved_path_bends_and_stays_in_the_picture(seed: int):
+    rng = np.random.default_rng(seed)
+    scene = world.clip(Words("red", "circle", "gray"), rng, path=world.curved(rng))
+    ends, middle = (scene.centre[0] + scene.centre[-1]) / 2, scene.centre[[7, 8]].mean(0)
+    length = np.linalg.norm(scene.centre[-1] - scene.centre[0])
+    assert world.BEND[0] * 0.98 * length <= np.linalg.norm(middle - ends) <= world.BEND[1] * length
+    low, high = scene.centre - scene.radius[:, None], scene.centre + scene.radius[:, None]
+    assert (low >= world.FIELD[:2]).all() and (high <= world.FIELD[2:]).all()
+
+
 def test_zoom_magnifies_by_the_stated_amount():
     scene = world.clip(Words("red", "square", "gray", "up"), np.random.default_rng(2), zoom=1.0)
     assert np.isclose(scene.radius[-1] / scene.radius[0], world.ZOOM[1] / world.ZOOM[0])
