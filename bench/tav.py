@@ -16,13 +16,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..demo import config
 from ..host import tune
-from ..host.train import Conditions, working_type
+from ..host.train import Conditions, noise_loss, working_type
 from ..host.tuned import apply_tuned, names_of, original_weight, places_of, slots_of
 from ..motion_modules.tune_a_video.checkpoint import QUERIES, TunedFile
 from ..motion_modules.tune_a_video.network import Slots, temporal_shapes, trained_shapes
 from ..training.attention import attention
 from ..training.clips import Clips
 from ..training.frozen import frozen, training
+from ..training.loop import Recipe
 from . import tav_toy
 from .motion import SD15, image_model
 from .side_by_side import device_name, in_turn, median_ratio, report
@@ -30,6 +31,7 @@ from .tav_reference import TunedUNet
 from .toy import Bench
 
 STEP = 500
+ONE_CLIP = Recipe("a clip at a time", steps=1, batch=1, learning_rate=0.0)
 
 
 def tuned_file(model: ModelPatcher, seed: int = 0) -> TunedFile:
@@ -103,13 +105,16 @@ def step_calls(model: ModelPatcher, frames: int, size: int) -> tuple[ExitStack, 
     own = {**model.model_options["transformer_options"], "optimized_attention_override": attention,
            "cond_or_uncond": [0]}  # fmt: skip
 
+    def loss_of(options: dict) -> Callable:
+        return noise_loss(model.model, clips, conditions, options, ONE_CLIP)
+
     def plain() -> None:
         with tune.trainable(unet, names, working_type(model.model)):
-            tune.tuning_loss(model.model, clips, conditions, own)(0, torch.Generator().manual_seed(0)).backward()
+            loss_of(own)(0, torch.Generator().manual_seed(0)).backward()
 
     def tuned() -> None:
         with tune.tuned_unet(model, network, frames, recompute=False) as (_, options):
-            tune.tuning_loss(model.model, clips, conditions, options)(0, torch.Generator().manual_seed(0)).backward()
+            loss_of(options)(0, torch.Generator().manual_seed(0)).backward()
 
     return stack, {"plain": plain, "tuned": tuned}
 

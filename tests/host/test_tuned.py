@@ -278,7 +278,8 @@ def test_what_does_not_belong_is_said(pair: Pair, folder: Path, load: Callable) 
 def test_the_benchmark_writes_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a narrow network of SD1.5's layout; the real one is `run.py bench tav`."""
     monkeypatch.setattr(tav, "SD15", tiny_host.sd15_config())
-    assert tav.main(["--size", "64", "--rounds", "1", "--json", str(tmp_path / "figures.json")]) == 0
+    arguments = ["--only", "full_size", "--size", "64", "--rounds", "1"]
+    assert tav.main([*arguments, "--json", str(tmp_path / "figures.json")]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["tav.parity"] < EXACT and figures["tav.trained_parameters"] > 0
     assert 1 < figures["tav.step_flops_over_plain"] < 2 and figures["tav.step_over_plain"] > 0
