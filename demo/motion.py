@@ -20,7 +20,7 @@ ADAPTER = Recipe("adapter", steps=400, batch=32, learning_rate=2e-3, warmup=20, 
 COHERE = Recipe("motion_cohere", steps=1100, batch=4, learning_rate=1.2e-3, warmup=60, average=0.995, seed=4)
 LAYOUT = Recipe("motion_layout", steps=3600, batch=4, learning_rate=1.3e-3, warmup=30, average=0.995, seed=16)
 STEER = Recipe("motion_steer", steps=1000, batch=4, learning_rate=1.1e-3, warmup=20, average=0.99, seed=17)
-MOTION = Recipe("motion", steps=1800, batch=4, learning_rate=9e-4, warmup=20, average=0.99, seed=18)
+MOTION = Recipe("motion", steps=3000, batch=4, learning_rate=9e-4, warmup=20, average=0.99, seed=18)
 ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
 ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
 FOCUS = {STEER.name: (850, 1000), MOTION.name: (200, 800)}

@@ -5,7 +5,7 @@ an interrupted stage goes on where it was. Run it with OMP_NUM_THREADS=1 on a bu
 for each other were ten times slower than one.
 
 Measured on one core of a Sapphire Rapids CPU, bfloat16: autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
-adapter 0.36 s, motion stages 1.5 s: about five hours in all. The stages of the committed weights were run one by one,
+adapter 0.36 s, motion stages 1.5 s: about six hours in all. The stages of the committed weights were run one by one,
 as each was found to be needed; from `image_finish` on some began from earlier tries of the stage before.
 """
 
