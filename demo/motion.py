@@ -20,12 +20,17 @@ ADAPTER = Recipe("adapter", steps=400, batch=32, learning_rate=2e-3, warmup=20, 
 COHERE = Recipe("motion_cohere", steps=1100, batch=4, learning_rate=1.2e-3, warmup=60, average=0.995, seed=4)
 LAYOUT = Recipe("motion_layout", steps=3600, batch=4, learning_rate=1.3e-3, warmup=30, average=0.995, seed=16)
 STEER = Recipe("motion_steer", steps=1000, batch=4, learning_rate=1.1e-3, warmup=20, average=0.99, seed=17)
-MOTION = Recipe("motion", steps=3000, batch=4, learning_rate=9e-4, warmup=20, average=0.99, seed=18)
+ROUNDS = tuple(
+    Recipe(f"motion_{number}", steps=1000, batch=4, learning_rate=9e-4, warmup=20, average=0.99, seed=18 + number)
+    for number in range(4)
+)
+"""One after the other, each down to a rate of nothing; the module is the mean of what the last `AVERAGED` leave."""
+AVERAGED = 3
 ZOOM_IN = Recipe("zoom_in", steps=300, batch=4, learning_rate=3e-3, warmup=20, weight_decay=0.0, average=0.98, seed=5)
 ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
-FOCUS = {STEER.name: (850, 1000), MOTION.name: (200, 800)}
+FOCUS = {STEER.name: (850, 1000)} | {recipe.name: (200, 800) for recipe in ROUNDS}
 """Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
-CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0, MOTION.name: 25.0}
+CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0} | {recipe.name: 25.0 for recipe in ROUNDS}
 """What bounds the weights of the noisiest steps instead of CEILING. Sixteen frames show together where the shape goes
 at steps so noisy that one of them shows nothing, and below CEILING these hardly count: after 714 steps of COHERE shapes
 were right in 7 of 8 clips, and moved in none."""

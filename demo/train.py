@@ -166,9 +166,7 @@ def settle_image(shop: Workshop) -> None:
     _fit_image(shop, Studio.read(shop.state / "compose"), image.SETTLE, shop.out, image.OPENINGS)
 
 
-def _fit_image(
-    shop: Workshop, studio: Studio, recipe: Recipe, folder: Path, pictures: Order = image.PICTURES
-) -> None:
+def _fit_image(shop: Workshop, studio: Studio, recipe: Recipe, folder: Path, pictures: Order = image.PICTURES) -> None:
     encoder, unet, vocabulary = studio.encoder, studio.unet, studio.vocabulary
     shop.place(encoder), shop.place(unet)
     unet.dtype = shop.dtype
@@ -272,8 +270,15 @@ def steer_motion(shop: Workshop) -> None:
 
 
 def train_motion(shop: Workshop) -> None:
-    """Then clear outlines, which suffered from it."""
-    _fit_motion(shop, read_motion(shop.state / "steer"), motion.MOTION, shop.out)
+    """Then clear outlines, which suffered from it, in rounds whose ends are averaged: the mean of the weights is better
+    than any of them (model soups, Wortsman et al. 2022)."""
+    folders = [shop.state / recipe.name for recipe in motion.ROUNDS]
+    for before, folder, recipe in zip([shop.state / "steer", *folders], folders, motion.ROUNDS, strict=False):
+        if not (folder / config.MOTION_FILE).is_file():
+            _fit_motion(shop, read_motion(before), recipe, folder)
+    ends = [load_weights(folder / config.MOTION_FILE) for folder in folders[-motion.AVERAGED :]]
+    mean = {key: torch.stack([weights[key] for weights in ends]).mean(0) for key in ends[0]}
+    save_weights(shop.out / config.MOTION_FILE, mean, {"rounds": [asdict(recipe) for recipe in motion.ROUNDS]})
 
 
 def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Path) -> None:
