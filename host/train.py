@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from ..training.lora import LowRankSet
 from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, check_teachable, patch_motion_lora
-from .progress import TrainingProgress
+from .progress import Report, TrainingProgress
 from .samples import Samples
 from .schedule import set_schedule
 from .training_layers import heavy_layers, layers_of
@@ -58,7 +58,8 @@ class Training:
 
     path: the file to write. frames, stride: of a training clip. clip_length: images per clip, 0 for all of them.
     save_every, save_every_s: steps and seconds between two states on the disk. sample_every: steps between two clips
-    that are drawn to look at, 0 for none. go_on: take up an interrupted run, or keep a finished one.
+    that are drawn to look at, 0 for none. go_on: take up an interrupted run, or keep a finished one. report: filled in
+    by the run.
     """
 
     path: Path
@@ -71,6 +72,7 @@ class Training:
     save_every_s: float = 120.0
     sample_every: int = 0
     go_on: bool = True
+    report: Report = field(default_factory=Report, compare=False)
 
     @property
     def state(self) -> Path:
@@ -214,8 +216,7 @@ def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Tr
     images, item = how.recipe.batch * clips.frames, working_type(model.model).itemsize
     layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames)
     needed = run_bytes(stage.trained, layers, images, item, how.recompute)
-    log.info("Training %s: %.1f million numbers, about %.2f GB of memory besides the models",
-             how.path.name, stage.trained / 1e6, needed / 1e9)  # fmt: skip
+    how.report.begin(how.path, stage.trained, needed)
     patchers = [model, *stage.patchers]
     comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
     model.pre_run()
@@ -250,7 +251,7 @@ def learn(parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe
           write: Callable[[dict[str, Tensor]], None], samples: Samples | None = None) -> None:  # fmt: skip
     """The run itself; `write` gets the weights at its end. On Cancel it says where the state is."""
     losses: list[float] = []
-    progress = TrainingProgress(how.path.name, recipe.steps, losses)
+    progress = TrainingProgress(how.path, recipe.steps, losses, how.report)
     stop = comfy.model_management.processing_interrupted
 
     def on_step(step: int, total: int, loss: float) -> None:
@@ -261,6 +262,7 @@ def learn(parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe
     try:
         fit(parameters, loss_of, recipe, how.state, on_step, stop, how.save_every_s, how.save_every, losses=losses,
             loss_scale=scale, finish=write)  # fmt: skip
+        how.report.written(how.path)
     except (Stopped, comfy.model_management.InterruptProcessingException):  # the host's layers answer Cancel as well
         log.info("Training stopped after step %d; run the workflow again to go on. Its state: %s",
                  len(losses), how.state)  # fmt: skip
@@ -381,7 +383,7 @@ def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or se
     if how.path.is_file():
         made, now = read_recipe(how.path), asdict(recipe)
         if made is not None and {**now, **made} == now:  # an older file may not say everything
-            log.info("%s was trained with these settings already", how.path.name)
+            how.report.finished(how.path)
             return True
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
                             "file_name, or set existing to 'start over' to replace it.")  # fmt: skip

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -52,7 +51,6 @@ from .video import clip_of
 
 ABOUT = "clip, prompt or model"
 LOADERS = ("ckpt_name", "unet_name", "model_name", "model_path")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,8 +122,7 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
     layers = [replace(layer, scores=2 * layer.scores) for layer in  # two frames of keys
               layers_of(unet, MotionSpec(V2, (), 0), clips.latents[0].shape[-2:], clips.frames)]  # fmt: skip
     needed = run_bytes(trained, layers, clips.frames, working_type(model.model).itemsize, how.recompute)
-    log.info("Tuning %s: %.1f million numbers, about %.2f GB of memory besides the models",
-             how.path.name, trained / 1e6, needed / 1e9)  # fmt: skip
+    how.report.begin(how.path, trained, needed)
     comfy.model_management.load_models_gpu([model], memory_required=needed, force_full_load=True)
     model.pre_run()
     try:

@@ -1,21 +1,42 @@
 // Shows on a node what its last run found out: the text that its result holds.
 import { app } from "../../scripts/app.js";
 
-const NODES = new Set(["LatentMotionDDIMInversion", "LatentMotionEvaluate"]);
+const NODES = new Set([
+  "LatentMotionDDIMInversion",
+  "LatentMotionEvaluate",
+  "LatentMotionTrainDomainAdapter",
+  "LatentMotionTrainMotionLora",
+  "LatentMotionTrainMotionModule",
+  "LatentMotionTuneVideoModel",
+]);
+
+const LEAST = 48; // height without text, and of a line or two
+const MOST = 160; // more than that is scrolled
+const ROUND = 20; // the front end keeps this free above and below together
 
 app.registerExtension({
   name: "LatentMotion.ResultText",
   nodeCreated(node) {
     if (!NODES.has(node.comfyClass) || !node.addDOMWidget) return;
     const element = document.createElement("div");
+    const lines = document.createElement("div");
+    element.append(lines);
     element.className = "latentmotion-result";
-    element.style.cssText = "overflow:auto;white-space:pre-wrap;font-size:11px;color:var(--input-text);";
-    const widget = node.addDOMWidget("result", "latentmotion_result", element, { serialize: false, getMinHeight: () => 48 });
+    element.style.cssText =
+      "overflow:auto;white-space:pre-wrap;overflow-wrap:anywhere;font-size:11px;color:var(--input-text);";
+    let needed = 0; // of the text; it has no height while the view is far away and hides it
+    const height = () => Math.min(MOST, Math.max(LEAST, needed + ROUND));
+    new ResizeObserver(() => {
+      needed = lines.offsetHeight || needed;
+      node.setDirtyCanvas(true, true);
+    }).observe(lines);
+    const widget = node.addDOMWidget("result", "latentmotion_result", element, { serialize: false, getMinHeight: height });
     widget.serialize = false; // the option alone keeps it out of prompts only, not out of saved workflows
     const executed = node.onExecuted;
     node.onExecuted = function (output, ...rest) {
       executed?.apply(this, [output, ...rest]);
-      element.textContent = output?.text?.join("\n") ?? "";
+      lines.textContent = output?.text?.join("\n") ?? "";
+      widget.options.getMaxHeight = output?.images ? height : undefined; // a picture below it has the rest
     };
   },
 });

@@ -61,7 +61,8 @@ class TrainMotionLora(io.ComfyNode):
         clips: object, captions: str, **settings: object,
     ) -> io.NodeOutput:  # fmt: skip
         how = options.lora_training(**settings)
-        return io.NodeOutput(train.train_motion_lora(model, motion_module, clip, vae, clips, captions, how))
+        made = train.train_motion_lora(model, motion_module, clip, vae, clips, captions, how)
+        return io.NodeOutput(made, ui=how.report.shown())
 
 
 class TrainDomainAdapter(io.ComfyNode):
@@ -102,7 +103,8 @@ class TrainDomainAdapter(io.ComfyNode):
         **settings: object,
     ) -> io.NodeOutput:  # fmt: skip
         how = options.adapter_training(**settings)
-        return io.NodeOutput(train_stages.train_domain_adapter(model, clip, vae, clips, captions, how))
+        made = train_stages.train_domain_adapter(model, clip, vae, clips, captions, how)
+        return io.NodeOutput(made, ui=how.report.shown())
 
 
 class TrainMotionModule(io.ComfyNode):
@@ -154,7 +156,8 @@ class TrainMotionModule(io.ComfyNode):
         motion_module: motion.MotionModule | None = None, **settings: object,
     ) -> io.NodeOutput:  # fmt: skip
         how = options.module_training(**settings)
-        return io.NodeOutput(train_stages.train_motion_module(model, clip, vae, clips, captions, how, motion_module))
+        made = train_stages.train_motion_module(model, clip, vae, clips, captions, how, motion_module)
+        return io.NodeOutput(made, ui=how.report.shown())
 
 
 def _reading_inputs() -> list[io.Input]:

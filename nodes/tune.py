@@ -137,7 +137,8 @@ class TuneVideoModel(io.ComfyNode):
     ) -> io.NodeOutput:
         base_name = tune.loader_name(cls.hidden.prompt, cls.hidden.unique_id)
         how = options.tuning(**settings, base_name=base_name)
-        return io.NodeOutput(tune.tune_video_model(model, clip, vae, video, prompt, how))
+        made = tune.tune_video_model(model, clip, vae, video, prompt, how)
+        return io.NodeOutput(made, ui=how.report.shown())
 
 
 def _recipe_inputs() -> list[io.Input]:

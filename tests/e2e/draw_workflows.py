@@ -36,6 +36,8 @@ SIZES = {
     "LatentMotionLoadVideo": (340, 660),
     "PreviewAny": (380, 220),
 }
+# Of nodes that draw their losses: a width at which those can be read, and room for them where the band has it anyway.
+TRAINERS = {"LatentMotionTrainMotionLora": (400, 150), "LatentMotionTuneVideoModel": (400, 250)}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
@@ -70,7 +72,7 @@ LAYOUTS = {
         "below 0, the zoom_out file, or two Load MotionLoRA nodes one after the other.",
     ),
     "train_motion_lora": Layout(
-        (((NOTE, 1, 2), (4, 5, 11), (12, 13), (15,)), ((14,), (3, 6), (7,), (8, 9), (10,))),
+        (((NOTE, 1, 2), (4, 5, 11), (12,), (13, 15)), ((14,), (3, 6), (7,), (8, 9), (10,))),
         "**Train MotionLoRA**\n\nThe image model draws eight stills, *Camera Motion Clips* zooms into them, and *Train "
         "MotionLoRA* teaches the motion module that zoom. 16 steps only show how it works: set steps to 300 for these "
         "models, 2000 for real ones. *Cancel* keeps what was learned; run again to go on.\n\nFor pictures or videos of "
@@ -115,6 +117,16 @@ LAYOUTS = {
         "comes back without edits.\n\nFor a video of your own, put *Load Video (Lazy)* and *Get Video Components* "
         "before *VAE Encode*, in place of the upper row's sampler. Leave add_noise off: the latent is noisy already.",
         ("A clip to edit", "Up to its noise, and down again with another prompt"),
+    ),
+    "tune_a_video": Layout(
+        (((NOTE, 1), (2,), (3, 5), (4,)), ((6, 8, 9), (7,), (10,), (11, 12), (13,))),
+        "**Tune a video**\n\n*Tune Video Model* teaches the image model one clip and its prompt (Tune-A-Video). "
+        "Sampled from the clip's own noise with another prompt, the clip moves as before and shows what the words "
+        "say: here a green circle in place of a red one.\n\n16 steps only show how it works: set steps to 60 for "
+        "these models, 500 with a learning rate of 0.00003 for real ones. *Cancel* keeps what was learned; run again "
+        "to go on. For a clip of your own, upload it on *Load Video*, say what it shows in *prompt*, and choose "
+        "another *file_name*.",
+        ("A clip, and the model that learns it", "Up to its noise, and down again with another prompt"),
     ),
     "image_to_video": Layout(
         (((NOTE, 1, 2), (4, 5, 11), (12,), (6,)), ((3,), (7,), (8, 9), (10,))),
@@ -184,6 +196,8 @@ def box_of(kind: str, title: str, width: float, height: float, note: str) -> dic
         return {"size": (NOTE_WIDTH, note_height(note)), "colours": BROWN}
     if kind == "CLIPTextEncode":
         return {"size": PROMPT_SIZE, "colours": PROMPT_COLOURS.get(title, GREEN)}
+    if kind in TRAINERS:
+        return {"size": (TRAINERS[kind][0], height + TRAINERS[kind][1])}
     if kind in SIZES:
         return {"size": SIZES[kind], "colours": GREEN if kind == "LatentMotionPromptTravel" else None}
     return {"size": (max(WIDTH, width), height)}

@@ -52,7 +52,7 @@ class Recorder:
         self.losses: list[float] = []
         self.at = at
 
-    def __call__(self, name: str, total: int, losses: list[float]) -> Callable:
+    def __call__(self, path: object, total: int, losses: list[float], *more: object) -> Callable:
         self.losses = losses
         return lambda step, total, loss: self.at and self.at(step)
 
