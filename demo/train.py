@@ -6,7 +6,8 @@ for each other were ten times slower than one.
 
 Measured on one core of a Sapphire Rapids CPU, bfloat16: autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
 adapter 0.36 s, motion stages 1.5 s: about six hours in all. The stages of the committed weights were run one by one,
-as each was found to be needed; from `image_finish` on some began from earlier tries of the stage before.
+as each was found to be needed; from `image_finish` on some began from earlier tries of the stage before, and the motion
+module is the mean of the ends of three rounds in a row and of one beside the last.
 """
 
 from __future__ import annotations
