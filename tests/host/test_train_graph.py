@@ -36,10 +36,7 @@ def node(class_type: str, **inputs: Any) -> dict:
 
 @pytest.fixture
 def learned(pack_nodes: dict, core_nodes: dict, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where the graphs write to; an image model for the demo's text encoder and VAE, and its motion module.
-
-    The demo's own may be untrained stand-ins, whose last layers are zero, so that nothing could be learned.
-    """
+    """Where the graphs write to; a small image model for the demo's text encoder and VAE, and its motion module."""
     model = tiny_host.sd15(context_dim=config.TEXT_WIDTH, **SMALL)
 
     class TinyModel:
