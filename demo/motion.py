@@ -22,7 +22,7 @@ LAYOUT = Recipe("motion_layout", steps=3600, batch=4, learning_rate=1.3e-3, warm
 STEER = Recipe("motion_steer", steps=1000, batch=4, learning_rate=1.1e-3, warmup=20, average=0.99, seed=17)
 ROUNDS = tuple(
     Recipe(f"motion_{number}", steps=1000, batch=4, learning_rate=9e-4, warmup=20, average=0.99, seed=18 + number)
-    for number in range(4)
+    for number in (1, 2, 3, 4)
 )
 """One after the other, each down to a rate of nothing; the module is the mean of what the last `AVERAGED` leave."""
 AVERAGED = 3
@@ -31,7 +31,7 @@ ZOOM_OUT = replace(ZOOM_IN, name="zoom_out", seed=6)
 OUTLINES = {recipe.name: (200, 800) for recipe in (*ROUNDS, ZOOM_IN, ZOOM_OUT)}
 FOCUS = {STEER.name: (850, 1000)} | OUTLINES
 """Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
-CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0} | dict.fromkeys(OUTLINES, 25.0)
+CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0} | {name: 25.0 for name in OUTLINES}
 """What bounds the weights of the noisiest steps instead of CEILING. Sixteen frames show together where the shape goes
 at steps so noisy that one of them shows nothing, and below CEILING these hardly count: after 714 steps of COHERE shapes
 were right in 7 of 8 clips, and moved in none."""
