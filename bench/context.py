@@ -3,6 +3,10 @@
 Clips of 96 frames from the demo's module of 16. A border is where the windows that see a frame are others than those
 that see the frame before, at the last sampling step. A jump is the way of the shape's centre from one frame to the
 next; the ratio is the largest jump at a border over the median jump elsewhere, its median over the clips.
+
+Captions say no direction: a window does what the clips did that the module learned from, so a shape that is to go
+somewhere goes all of its way in 16 frames, and in 96 it would leave the picture. Measured as well: shapes that Prompt
+Travel lets go there and back, a way for each window, and one direction throughout, for which there is no right clip.
 """
 
 from __future__ import annotations
@@ -10,21 +14,30 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
 
 from ..demo import config, oracle, world
-from ..demo.captions import Words
+from ..demo.captions import DIRECTIONS, Words
 from ..host.context import SlidingContext, apply_context
+from ..host.travel import encode_travel, read_travel
 from ..sampling.fuse import FuseMethod
+from ..sampling.noise import NoiseKind
+from ..sampling.travel import Interpolation
 from ..sampling.windows import Window, WindowPlan, WindowSchedule
 from .side_by_side import device_name, report
 from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
 
 Clip = tuple[Words, list[oracle.Reading]]
+OTHERS = THERE_AND_BACK, ONE_WAY = "there_and_back", "one_way"
+CONTEXT = SlidingContext(WindowPlan(overlap=8))
+"""As the node comes, but half of each window is shared: with a quarter shapes stand less firmly."""
+STEADY = 0.25  # pixels by which a centre read off the drawn edge may be wrong; less is rest
 
 
 def borders(windows: list[Window], frames: int) -> set[int]:
@@ -36,14 +49,15 @@ def borders(windows: list[Window], frames: int) -> set[int]:
 def seam_ratio(readings: list[oracle.Reading], seams: set[int]) -> float:
     """Largest jump into a frame of `seams` over the median jump into any other.
 
-    A lost shape counts as a jump across the picture at a seam, and does not count elsewhere; 0.01 pixels is the least.
+    A lost shape counts as a jump across the picture at a seam, and does not count elsewhere. Elsewhere STEADY is the
+    least.
     """
     centres = np.array([reading.centre for reading in readings])
     jumps = np.hypot(*np.diff(centres, axis=0).T)
     at_seam = np.array([frame in seams for frame in range(1, len(readings))])
     elsewhere = jumps[~at_seam & np.isfinite(jumps)]
     largest = np.nan_to_num(jumps[at_seam], nan=float(world.SIZE)).max()
-    return float(largest / max(np.median(elsewhere) if len(elsewhere) else 0.0, 0.01))
+    return float(largest / max(np.median(elsewhere) if len(elsewhere) else 0.0, STEADY))
 
 
 def judge(made: list[Clip], seams: set[int]) -> dict[str, float]:
@@ -55,17 +69,28 @@ def judge(made: list[Clip], seams: set[int]) -> dict[str, float]:
     }
 
 
-def long_clips(bench: Bench, context: SlidingContext, count: int, frames: int) -> list[Clip]:
+def there_and_back(bench: Bench, words: Words, frames: int, plan: WindowPlan) -> Any:
+    """CONDITIONING of a caption and the one with the opposite direction, in turn, a new one where a window begins."""
+    ahead = DIRECTIONS[words.direction]
+    (back,) = (name for name, way in DIRECTIONS.items() if way == tuple(-part for part in ahead))
+    ways, hop = (words, replace(words, direction=back)), plan.length - plan.overlap
+    lines = (f"{frame}: {ways[number % 2].text}" for number, frame in enumerate(range(0, frames, hop)))
+    return encode_travel(bench.clip, read_travel("\n".join(lines), Interpolation.LINEAR.value))
+
+
+def long_clips(bench: Bench, context: SlidingContext, count: int, frames: int, kind: str = "") -> list[Clip]:
     """Clips sampled in windows, one unseen caption and seed each."""
-    model = apply_context(bench.video(), context)
-    asked = enumerate(captions("test", True, count))
-    return [(words, bench.sample(model, words, FIRST_SEED + i, frames)) for i, words in asked]
+    model, made = apply_context(bench.video(), context), []
+    for i, words in enumerate(captions("test", kind in OTHERS, count)):
+        positive = there_and_back(bench, words, frames, context.plan) if kind == THERE_AND_BACK else None
+        made.append((words, bench.sample(model, words, FIRST_SEED + i, frames, positive)))
+    return made
 
 
 def butted_clips(bench: Bench, length: int, count: int, frames: int) -> list[Clip]:
     """As many frames of the same caption from separate clips, each with a seed of its own, end to end."""
     model, made = bench.video(), []
-    for i, words in enumerate(captions("test", True, count)):
+    for i, words in enumerate(captions("test", False, count)):
         parts = [bench.sample(model, words, FIRST_SEED + 1000 * part + i, length) for part in range(frames // length)]
         made.append((words, [reading for readings in parts for reading in readings]))
     return made
@@ -76,26 +101,32 @@ def seams_of(plan: WindowPlan, frames: int) -> set[int]:
 
 
 def measure(bench: Bench, count: int, frames: int) -> dict[str, float]:
-    """Sliding Context as it comes, and separate clips."""
-    context = SlidingContext()
-    found = judge(long_clips(bench, context, count, frames), seams_of(context.plan, frames))
-    length = context.plan.length
-    naive = judge(butted_clips(bench, length, count, frames), set(range(length, frames, length)))
-    figures = {f"context.{name}": value for name, value in found.items()}
-    return figures | {f"context.naive_{name}": value for name, value in naive.items()}
+    """Sliding Context, separate clips, and Sliding Context with other captions."""
+    length, seams = CONTEXT.plan.length, seams_of(CONTEXT.plan, frames)
+    made = {
+        "": judge(long_clips(bench, CONTEXT, count, frames), seams),
+        "naive_": judge(butted_clips(bench, length, count, frames), set(range(length, frames, length))),
+    }
+    made |= {f"{kind}.": judge(long_clips(bench, CONTEXT, max(1, count // 4), frames, kind), seams) for kind in OTHERS}
+    return {f"context.{kind}{name}": value for kind, found in made.items() for name, value in found.items()}
 
 
 def compare(bench: Bench, count: int, frames: int) -> dict[str, float]:
-    """Every schedule with every fuse method, printed as a table."""
+    """Every schedule with every fuse method, every kind of noise and another overlap, printed as a table."""
+    every = itertools.product(WindowSchedule, FuseMethod)
+    rows = [replace(CONTEXT, plan=replace(CONTEXT.plan, schedule=schedule), fuse=fuse) for schedule, fuse in every]
+    rows += [replace(CONTEXT, noise=kind) for kind in NoiseKind if kind is not CONTEXT.noise] + [SlidingContext()]
     figures = {}
-    print(f"  {'schedule':18} {'fuse':16} {'caption right':>14} {'seam ratio':>12} {'seconds':>8}")
-    for schedule, fuse in itertools.product(WindowSchedule, FuseMethod):
-        start, plan = time.monotonic(), WindowPlan(schedule)
-        found = judge(long_clips(bench, SlidingContext(plan, fuse), count, frames), seams_of(plan, frames))
+    heads = ("schedule", "fuse", "noise", "overlap")
+    print("  " + " ".join(f"{head:18}" for head in heads) + f"{'caption right':>14} {'seam ratio':>12} {'seconds':>8}")
+    for row in rows:
+        start = time.monotonic()
+        names = (row.plan.schedule.value, row.fuse.value, row.noise.value, f"overlap {row.plan.overlap}")
+        found = judge(long_clips(bench, row, count, frames), seams_of(row.plan, frames))
         shown = f"{found['caption_right']:14.2f} {found['seam_ratio']:12.2f} {time.monotonic() - start:8.0f}"
-        print(f"  {schedule.value:18} {fuse.value:16} {shown}", flush=True)
-        prefix = f"context.{schedule.value.replace(' ', '_')}.{fuse.value.replace('-', '_')}"
-        figures |= {f"{prefix}.{name}": value for name, value in found.items()}
+        print("  " + " ".join(f"{name:18}" for name in names) + shown, flush=True)
+        prefix = ".".join(name.replace(" ", "_").replace("-", "_") for name in names)
+        figures |= {f"context.{prefix}.{name}": value for name, value in found.items()}
     return figures
 
 

@@ -66,10 +66,13 @@ class Bench:
         lora = comfy.utils.load_torch_file(str(self.folder / config.ADAPTER_FILE), safe_load=True)
         return comfy.sd.load_lora_for_models(self.unet, None, lora, 1.0, 0.0)[0]
 
-    def sample(self, model: Any, words: Words, seed: int, frames: int) -> list[oracle.Reading]:
-        """Make `frames` pictures of one caption in one batch and read them."""
+    def encode(self, text: str) -> Any:
+        return self.clip.encode_from_tokens_scheduled(self.clip.tokenize(text))
+
+    def sample(self, model: Any, words: Words, seed: int, frames: int, positive: Any = None) -> list[oracle.Reading]:
+        """Make `frames` pictures of one caption, or of other CONDITIONING, in one batch and read them."""
         latent = torch.zeros(frames, 4, 16, 16)
-        positive, negative = (self.clip.encode_from_tokens_scheduled(self.clip.tokenize(t)) for t in (words.text, ""))
+        positive, negative = self.encode(words.text) if positive is None else positive, self.encode("")
         noise = comfy.sample.prepare_noise(latent, seed)
         latent = comfy.sample.sample(
             model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed

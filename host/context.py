@@ -86,7 +86,7 @@ class SlidingContext(ContextHandlerABC):
 
     plan: WindowPlan = WindowPlan()
     fuse: FuseMethod = FuseMethod.PYRAMID
-    noise: NoiseKind = NoiseKind.INDEPENDENT
+    noise: NoiseKind = NoiseKind.SHUFFLED
 
     def __deepcopy__(self, memo: dict) -> SlidingContext:
         return self

@@ -86,7 +86,7 @@ def _blend_inputs() -> list[io.Input]:
         io.Combo.Input(
             "noise",
             options=options.NOISE_KINDS,
-            default=options.NOISE_KINDS[0],
+            default=context.SlidingContext.noise.value,
             tooltip="Starting noise of later windows. independent: as the sampler draws it. FreeNoise shuffle: the "
             "first window's noise in another order, so that windows agree more. repeated: the same again.",
         ),

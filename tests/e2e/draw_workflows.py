@@ -87,15 +87,17 @@ LAYOUTS = {
     ),
     "long_clip": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8, 9), (10,)),),
-        "**Long clip**\n\n*Sliding Context* samples clips longer than the motion module knows, here 40 frames with a "
+        "**Long clip**\n\n*Sliding Context* samples clips longer than the motion module knows, here 48 frames with a "
         "module of 16: window by window, and where windows overlap they are averaged. The memory is that of one "
-        "window, however large batch_size is.\n\nThe picture on the node shows the windows. More overlap is smoother.",
+        "window, however large batch_size is. The picture on the node shows the windows.\n\nEvery window makes the "
+        "whole movement of its prompt, so each part of the clip has one of its own: a keyframe where a window begins, "
+        "every 12 frames.",
     ),
     "prompt_travel": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11, 12), (7,), (8, 9), (10,)),),
         "**Prompt travel**\n\nEach line of *Prompt Travel* says what one frame shows; the frames between two lines are "
-        "mixed. Here a red circle turns into a green square from frame 8 to frame 24.\n\nAfter a run, the table lists "
-        "what every frame sees. The negative prompt is a CLIP Text Encode as always.",
+        "mixed. Here a red circle goes right and comes back, and turns into a green square on the way.\n\nAfter a "
+        "run, the table lists what every frame sees. The negative prompt is a CLIP Text Encode as always.",
     ),
     "continue_a_clip": Layout(
         (((NOTE, 1, 2), (3, 4, 5, 6), (11,), (7,), (8, 9), (10,)),),
