@@ -17,24 +17,22 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import torch
 
 from ..demo import config, oracle, world
-from ..demo.captions import DIRECTIONS, Words
+from ..demo.captions import Words
 from ..host.context import SlidingContext, apply_context
-from ..host.travel import encode_travel, read_travel
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
 from ..sampling.travel import Interpolation
 from ..sampling.windows import Window, WindowPlan, WindowSchedule
 from .side_by_side import device_name, report
-from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
+from .toy import CFG, FIRST_SEED, ONE_WAY, SAMPLER, STEPS, THERE_AND_BACK, Bench, captions, there_and_back
 
 Clip = tuple[Words, list[oracle.Reading]]
-OTHERS = THERE_AND_BACK, ONE_WAY = "there_and_back", "one_way"
+WAYS = (THERE_AND_BACK, ONE_WAY)
 CONTEXT = SlidingContext(WindowPlan(overlap=8))
 """As the node comes, but half of each window is shared: with a quarter shapes stand less firmly."""
 STEADY = 0.25  # pixels by which a centre read off the drawn edge may be wrong; less is rest
@@ -69,20 +67,12 @@ def judge(made: list[Clip], seams: set[int]) -> dict[str, float]:
     }
 
 
-def there_and_back(bench: Bench, words: Words, frames: int, plan: WindowPlan) -> Any:
-    """CONDITIONING of a caption and the one with the opposite direction, in turn, a new one where a window begins."""
-    ahead = DIRECTIONS[words.direction]
-    (back,) = (name for name, way in DIRECTIONS.items() if way == tuple(-part for part in ahead))
-    ways, hop = (words, replace(words, direction=back)), plan.length - plan.overlap
-    lines = (f"{frame}: {ways[number % 2].text}" for number, frame in enumerate(range(0, frames, hop)))
-    return encode_travel(bench.clip, read_travel("\n".join(lines), Interpolation.LINEAR.value))
-
-
 def long_clips(bench: Bench, context: SlidingContext, count: int, frames: int, kind: str = "") -> list[Clip]:
     """Clips sampled in windows, one unseen caption and seed each."""
     model, made = apply_context(bench.video(), context), []
-    for i, words in enumerate(captions("test", kind in OTHERS, count)):
-        positive = there_and_back(bench, words, frames, context.plan) if kind == THERE_AND_BACK else None
+    for i, words in enumerate(captions("test", kind in WAYS, count)):
+        hop = context.plan.length - context.plan.overlap
+        positive = there_and_back(bench, words, frames, hop, Interpolation.LINEAR) if kind == THERE_AND_BACK else None
         made.append((words, bench.sample(model, words, FIRST_SEED + i, frames, positive)))
     return made
 
@@ -107,7 +97,7 @@ def measure(bench: Bench, count: int, frames: int) -> dict[str, float]:
         "": judge(long_clips(bench, CONTEXT, count, frames), seams),
         "naive_": judge(butted_clips(bench, length, count, frames), set(range(length, frames, length))),
     }
-    made |= {f"{kind}.": judge(long_clips(bench, CONTEXT, max(1, count // 4), frames, kind), seams) for kind in OTHERS}
+    made |= {f"{kind}.": judge(long_clips(bench, CONTEXT, max(1, count // 4), frames, kind), seams) for kind in WAYS}
     return {f"context.{kind}{name}": value for kind, found in made.items() for name, value in found.items()}
 
 

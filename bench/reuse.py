@@ -24,8 +24,9 @@ from ..demo.captions import Words
 from ..demo.world import FRAMES
 from ..host.reuse import apply_reuse
 from ..sampling.reuse import Guidance, Reuse, States
+from ..sampling.travel import Interpolation
 from .side_by_side import device_name, report
-from .toy import CFG, FIRST_SEED, SCHEDULER, Bench, captions
+from .toy import CFG, FIRST_SEED, ONE_WAY, RESTING, SCHEDULER, THERE_AND_BACK, Bench, captions, there_and_back
 
 STEPS, SAMPLER = 12, "euler"
 PAPER = Reuse(FRAMES, 4, 4.0, 0.4)
@@ -71,18 +72,19 @@ def remembering(model: Any) -> Any:
     return model
 
 
-def make(bench: Bench, model: Any, words: Words, seed: int) -> Tensor:
+def make(bench: Bench, model: Any, words: Words, seed: int, kind: str) -> Tensor:
     """Latents of one video of two clips, (2 FRAMES, 4, 16, 16)."""
     latent = torch.zeros(2 * FRAMES, 4, 16, 16)
-    positive, negative = (bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(t)) for t in (words.text, ""))
+    back = there_and_back(bench, words, 2 * FRAMES, FRAMES, Interpolation.HOLD) if kind == THERE_AND_BACK else None
+    positive, negative = back or bench.encode(words.text), bench.encode("")
     noise = comfy.sample.prepare_noise(latent, seed)
     return comfy.sample.sample(model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent,
                                disable_pbar=True, seed=seed)  # fmt: skip
 
 
-def measure(bench: Bench, model: Any, words: Words, seed: int) -> Video:
+def measure(bench: Bench, model: Any, words: Words, seed: int, kind: str) -> Video:
     """Decodes two frames on each side of the seam."""
-    latents = make(bench, model, words, seed)
+    latents = make(bench, model, words, seed, kind)
     readings = oracle.read(bench.vae.decode(latents[FRAMES - 2 : FRAMES + 2]))
     centres = np.array([reading.centre for reading in readings])
     moves = np.linalg.norm(np.diff(centres, axis=0), axis=1)
@@ -155,23 +157,25 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clips", type=int, default=12, help="captions and seeds a figure is taken over")
     parser.add_argument("--only", nargs="*", choices=[*ABLATION, "released"], default=[*ABLATION, "released"],
                         help="change only these beside the defaults")  # fmt: skip
+    parser.add_argument("--shapes", choices=(RESTING, THERE_AND_BACK, ONE_WAY), default=RESTING,
+                        help="what captions ask of them")  # fmt: skip
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further video after this time")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args(argv)
     print(f"{arguments.clips} videos of 2 x {FRAMES} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}; M 4, alpha 4,")
     print(f"beta 0.4 but for what a row names; on {device_name()}")
-    rows = dict(settings(arguments.only))
+    rows, kind = dict(settings(arguments.only)), arguments.shapes
     made: dict[str, list[Video]] = {name: [] for name in rows}
     begun = time.monotonic()
     with torch.inference_mode():
         bench = Bench.open(arguments.weights)
-        for i, words in enumerate(captions("test", True, arguments.clips)):
+        for i, words in enumerate(captions("test", kind != RESTING, arguments.clips)):
             if time.monotonic() - begun > arguments.minutes * 60:
                 break
             video = remembering(bench.video())
             for name, reuse in rows.items():
-                made[name].append(measure(bench, apply_reuse(video, reuse), words, FIRST_SEED + i))
+                made[name].append(measure(bench, apply_reuse(video, reuse), words, FIRST_SEED + i, kind))
             print(f"\nafter {i + 1} videos, {time.monotonic() - begun:.0f} s\n{table(made)}", flush=True)
     report(all_figures(made), arguments.json)
     return 0

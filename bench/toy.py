@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,18 +21,22 @@ import numpy as np
 import torch
 
 from ..demo import config, oracle
-from ..demo.captions import Words, sentences
+from ..demo.captions import DIRECTIONS, Words, sentences
 from ..demo.world import FRAMES
 from ..host import demo_models
 from ..host.inflate import MotionSettings, apply_motion
 from ..host.motion import MotionModule, manage, patch_motion_lora
+from ..host.travel import encode_travel, read_travel
 from ..motion_modules.animatediff.checkpoint import read_motion_module
 from ..motion_modules.animatediff.lora import read_motion_lora
 from ..motion_modules.files import read_weights
+from ..sampling.travel import Interpolation
 from .side_by_side import device_name, report
 
 FIRST_SEED = 900_000  # no training sample is drawn from a seed like it
 STEPS, CFG, SAMPLER, SCHEDULER = 12, 2.0, "dpmpp_2m", "normal"
+RESTING, THERE_AND_BACK, ONE_WAY = "resting", "there_and_back", "one_way"
+"""What shapes are asked to do in videos longer than the clips the motion module learned from."""
 
 
 @dataclass
@@ -86,6 +90,15 @@ def captions(split: str, moving: bool, count: int) -> list[Words]:
     every = sentences(split, moving)
     order = np.random.default_rng(FIRST_SEED).permutation(len(every))
     return [every[order[i % len(every)]] for i in range(count)]
+
+
+def there_and_back(bench: Bench, words: Words, frames: int, hop: int, between: Interpolation) -> Any:
+    """CONDITIONING of a caption and the one with the opposite direction, in turn, `hop` frames each."""
+    ahead = DIRECTIONS[words.direction]
+    (back,) = (name for name, way in DIRECTIONS.items() if way == tuple(-part for part in ahead))
+    ways = (words, replace(words, direction=back))
+    lines = (f"{frame}: {ways[number % 2].text}" for number, frame in enumerate(range(0, frames, hop)))
+    return encode_travel(bench.clip, read_travel("\n".join(lines), between.value))
 
 
 def images(bench: Bench, split: str, count: int) -> dict[str, float]:

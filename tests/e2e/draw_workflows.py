@@ -102,9 +102,10 @@ LAYOUTS = {
     "continue_a_clip": Layout(
         (((NOTE, 1, 2), (3, 4, 5, 6), (11,), (7,), (8, 9), (10,)),),
         "**Continue a clip**\n\nTwo clips of 16 frames in one sampling run. The second starts from the first one's "
-        "noise in reverse, and its first frames are led by the first clip's last ones. Raise batch_size to 48 for "
-        "three clips.\n\nThe sampler must keep nothing from step to step: euler, ddim or lcm, not dpmpp_2m. To go on "
-        "from a clip you have, connect its latent to *continue_from*.",
+        "noise in reverse, and its first frames are led by the first clip's last ones: it begins where the first ended "
+        "and tends to go back. So its prompt, from frame 16 on, says so. Raise batch_size to 48 for three clips.\n\n"
+        "The sampler must keep nothing from step to step: euler, ddim or lcm, not dpmpp_2m. To go on from a clip you "
+        "have, connect its latent to *continue_from*.",
     ),
     "stream_to_file": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8,), (10,)),),
