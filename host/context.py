@@ -86,7 +86,7 @@ class SlidingContext(ContextHandlerABC):
 
     plan: WindowPlan = WindowPlan()
     fuse: FuseMethod = FuseMethod.PYRAMID
-    noise: NoiseKind = NoiseKind.SHUFFLED
+    noise: NoiseKind = NoiseKind.INDEPENDENT
 
     def __deepcopy__(self, memo: dict) -> SlidingContext:
         return self

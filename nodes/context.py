@@ -86,9 +86,9 @@ def _blend_inputs() -> list[io.Input]:
         io.Combo.Input(
             "noise",
             options=options.NOISE_KINDS,
-            default=context.SlidingContext.noise.value,
-            tooltip="Starting noise of later windows. independent: as the sampler draws it. FreeNoise shuffle: the "
-            "first window's noise in another order, so that windows agree more. repeated: the same again.",
+            default=options.NOISE_KINDS[0],
+            tooltip="Starting noise of later windows. independent: as it comes, as inverted noise needs it. FreeNoise "
+            "shuffle: the first window's in another order, best for clips from nothing. repeated: the same again.",
         ),
     ]
 
