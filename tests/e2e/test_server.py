@@ -97,7 +97,8 @@ def test_a_host_that_dies_shows_its_log(host_path: Path, tmp_path: Path) -> None
 
 
 SERVE = """
-    import sys
+    import signal, sys
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
     from pathlib import Path
     sys.path.insert(0, {scripts!r})
     import run
