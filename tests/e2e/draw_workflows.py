@@ -36,8 +36,8 @@ SIZES = {
     "LatentMotionLoadVideo": (340, 660),
     "PreviewAny": (380, 220),
 }
-# Of nodes that draw their losses: a width at which those can be read, and room for them where the band has it anyway.
-TRAINERS = {"LatentMotionTrainMotionLora": (400, 150), "LatentMotionTuneVideoModel": (400, 250)}
+# Of nodes that draw their losses: a width at which those can be read, and room for them below the widgets.
+TRAINERS = {"LatentMotionTrainMotionLora": (400, 230), "LatentMotionTuneVideoModel": (400, 250)}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
