@@ -35,6 +35,8 @@ from .side_by_side import device_name, report
 
 FIRST_SEED = 900_000  # no training sample is drawn from a seed like it
 STEPS, CFG, SAMPLER, SCHEDULER = 12, 2.0, "dpmpp_2m", "normal"
+Made = list[tuple[Words, list[oracle.Reading]]]
+"""What was asked of each clip, and what its frames show."""
 RESTING, THERE_AND_BACK, ONE_WAY = "resting", "there_and_back", "one_way"
 """What shapes are asked to do in videos longer than the clips the motion module learned from."""
 
@@ -108,12 +110,12 @@ def images(bench: Bench, split: str, count: int) -> dict[str, float]:
     return {"image.caption_right": _share(r.shows(w) for r, w in zip(readings, both, strict=True))}
 
 
-def clips(bench: Bench, model: Any, split: str, count: int) -> list[tuple[Words, list[oracle.Reading]]]:
-    asked = captions(split, True, count)
+def clips(bench: Bench, model: Any, split: str, count: int, moving: bool = True) -> Made:
+    asked = captions(split, moving, count)
     return [(words, bench.sample(model, words, FIRST_SEED + i, FRAMES)) for i, words in enumerate(asked)]
 
 
-def judge(made: list[tuple[Words, list[oracle.Reading]]]) -> dict[str, float]:
+def judge(made: Made) -> dict[str, float]:
     """Every frame shows the caption; the shape goes the caption's way; how straight it goes (median R2)."""
     paths = [oracle.path(readings) for _, readings in made]
     return {
@@ -123,7 +125,7 @@ def judge(made: list[tuple[Words, list[oracle.Reading]]]) -> dict[str, float]:
     }
 
 
-def overlay(made: list[tuple[Words, list[oracle.Reading]]]) -> float:
+def overlay(made: Made) -> float:
     """Share of frames that show the mark of the training clips."""
     return _share(reading.mark for _, readings in made for reading in readings)
 
@@ -146,14 +148,23 @@ def measure_adapter(bench: Bench, count: int) -> dict[str, float]:
 
 
 def measure_zoom(bench: Bench, count: int, name: str, file: str) -> dict[str, float]:
-    made = clips(bench, bench.video(lora=file), "test", count)
+    """The camera over shapes that move, and (half as many clips) over shapes that rest."""
+    model, growing = bench.video(lora=file), name == "zoom_in"
+    figures = judge_zoom(clips(bench, model, "test", count), growing)
+    resting = judge_zoom(clips(bench, model, "test", max(1, count // 2), moving=False), growing)
+    resting.pop("direction_right")
+    return _under(f"toy.lora.{name}", figures | _under("resting", resting))
+
+
+def judge_zoom(made: Made, growing: bool) -> dict[str, float]:
+    """monotonic: of clips, their shape only grows, or shrinks. frames_right: of frames, they show their caption."""
     judged = judge(made)
-    figures = {
-        "monotonic": _share(oracle.monotonic(readings, growing=name == "zoom_in") for _, readings in made),
+    return {
+        "monotonic": _share(oracle.monotonic(readings, growing) for _, readings in made),
+        "frames_right": _share(reading.shows(words) for words, readings in made for reading in readings),
         "caption_right": judged["caption_right"],
         "direction_right": judged["direction_right"],
     }
-    return _under(f"toy.lora.{name}", figures)
 
 
 def measure_heldout(bench: Bench, count: int) -> dict[str, float]:

@@ -42,7 +42,7 @@ from .train_step import step_figures
 
 REFERENCES = 24
 RECIPE = {
-    "rank": config.MOTION_LORA_RANK, "alpha": config.MOTION_LORA_RANK, "steps": 300, "learning_rate": 0.003,
+    "rank": 16, "alpha": 16, "steps": 300, "learning_rate": 0.003,
     "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 1, "accumulate": 1, "seed": 0,
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
     "high_noise_weight": 600.0,
