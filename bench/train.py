@@ -168,10 +168,12 @@ def measure_resume(room: Room) -> dict[str, float]:
 
 @contextmanager
 def cancelled_at(step: int, steps: int) -> Iterator[None]:
-    """While the context lasts, a progress bar of so many steps that comes to `step` makes the user press Cancel."""
+    """While the context lasts, a progress bar of so many steps that comes to `step` makes the user press Cancel.
+
+    Newer hosts do not report every step, so the press may come later, but before the end."""
 
     def on_progress(value: int, total: int, preview: Any, **node: Any) -> None:
-        if (value, total) == (step, steps):
+        if total == steps and step <= value < steps:
             comfy.model_management.interrupt_current_processing()
 
     comfy.utils.set_progress_bar_global_hook(on_progress)
