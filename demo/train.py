@@ -5,10 +5,10 @@ an interrupted stage goes on where it was. Run it with OMP_NUM_THREADS=1 on a bu
 for each other were ten times slower than one.
 
 Measured on one core of a Sapphire Rapids CPU, bfloat16: autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
-adapter 0.36 s, motion stages 1.5 s: about ten hours in all. `--rehearse 2` goes through all of them in minutes; no
-full run has. The committed weights came from stages run one by one, some from earlier tries of the stage before; these recipes sum them up: the decoder in three runs with noise
-up to 0.05, 0.3 and 0.35; the motion module is the mean of two rounds in a row and of two after them, whose weights were
-bounded by 100 and 40; the MotionLoRAs of up to eight runs with ranks of 16 and then 48, zoom_out a mean of three ends.
+adapter 0.36 s, motion stages 1.5 s: ten hours in all. `--rehearse 2` goes through all of them in minutes, no full run
+has. The committed weights came from stages run one by one, some from earlier tries of the one before: the decoder in
+three runs with noise up to 0.05, 0.3 and 0.35; the motion module as the mean of two rounds in a row and of two after
+them, weights to 100 and 40; MotionLoRAs in up to eight runs, rank 16 and then 48, zoom_out a mean of three ends.
 """
 
 from __future__ import annotations
