@@ -8,23 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..motion_modules.errors import TrainingError
 
 
-def save_weights(path: Path, weights: dict[str, torch.Tensor], recipe: dict[str, Any], dtype=torch.float16,
-                 about: dict[str, str] | None = None) -> None:  # fmt: skip
+def save_weights(
+    path: Path,
+    weights: dict[str, torch.Tensor],
+    recipe: dict[str, Any],
+    dtype: torch.dtype = torch.float16,
+    about: dict[str, str] | None = None,
+) -> None:
     """Write `weights` as `dtype`, with `recipe` (anything JSON can hold) under the metadata key `recipe`.
 
-    about: further metadata.
+    about: further metadata. Raises OSError where the file cannot be written whole; what was there before stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
-    save_file(tensors, beside, metadata={**(about or {}), "recipe": json.dumps(recipe, sort_keys=True)})
-    os.replace(beside, path)
+    try:
+        save_file(tensors, beside, metadata={**(about or {}), "recipe": json.dumps(recipe, sort_keys=True)})
+        os.replace(beside, path)
+    except SafetensorError as error:  # what the library makes of a full disk
+        raise OSError(str(error)) from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:

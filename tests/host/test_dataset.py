@@ -19,6 +19,7 @@ from latentmotion.media.clip import Clip, clip_of_images
 from latentmotion.motion_modules.errors import LatentMotionError
 from latentmotion.nodes.dataset import LoadVideoDataset
 from PIL import Image
+from small_disk import small_disk
 from torch import Tensor
 
 pytest_plugins = ["helpers_train_fixtures"]
@@ -121,6 +122,17 @@ def test_a_film_is_encoded_once_and_never_held(monkeypatch):
     assert passes == 1 and most <= 2
     assert [len(latents) for latents in clips.latents] == [4, 4] and clips.captions == ("one", "two")
     assert clips.latents[1].mean() > clips.latents[0].mean()
+
+
+def test_latents_that_do_not_fit_on_the_disk_are_not_kept(videos, folder, run_node, caplog):
+    shelf = data.Shelf(folder / "latents", "stamp")
+    dataset, _ = run_node("LatentMotionLoadVideoDataset", folder="videos", **LOADED)
+    with small_disk(1000):
+        clips = data.as_latents(dataset, 4, 1, lambda clip: torch.ones(clip.frames, 4, 8, 8), shelf)
+    assert [len(latents) for latents in clips.latents] == [6, 9]
+    assert "The latents of a.gif cannot be kept" in caplog.text and not list((folder / "latents").iterdir())
+    data.as_latents(dataset, 4, 1, lambda clip: torch.ones(clip.frames, 4, 8, 8), shelf)
+    assert len(list((folder / "latents").iterdir())) == 2
 
 
 def test_nothing_is_encoded_where_a_clip_is_too_short():

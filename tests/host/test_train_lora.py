@@ -17,9 +17,10 @@ from helpers_train import FRAMES, WIDGETS, Pictures, Recorder, Text, small_modul
 from latentmotion.host import options, train
 from latentmotion.host.motion import MotionModule, add_motion_lora
 from latentmotion.motion_modules.animatediff.spec import V1, V2
-from latentmotion.motion_modules.errors import LatentMotionError
+from latentmotion.motion_modules.errors import LatentMotionError, TrainingError
 from latentmotion.training.clips import Clips
 from latentmotion.training.loop import Recipe
+from small_disk import small_disk
 from torch import Tensor
 
 pytest_plugins = ["helpers_train_fixtures"]
@@ -98,6 +99,27 @@ def test_cancel_keeps_the_state_and_the_next_run_goes_on(model, folder, monkeypa
     assert resumed == whole
     left, right = (tensors_of(folder / f"{name}.safetensors") for name in ("whole", "learned"))
     assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_full_disk_costs_only_the_file(model, folder, monkeypatch):
+    """The state fits, the file does not; with room again it is written without another step."""
+    module, write = small_module(), train.write_file
+
+    def full(*given: Any) -> None:
+        with small_disk(1000):
+            write(*given)
+
+    def fail(step: int) -> None:
+        raise RuntimeError("trained again")
+
+    with monkeypatch.context() as patched, pytest.raises(TrainingError, match="learned.safetensors could not be writ.*"
+                                                                              "and only the file is missing"):
+        patched.setattr(train, "write_file", full)
+        learn(model, module, patched)
+    assert [file.name for file in folder.iterdir()] == ["learned.safetensors.training"]
+    learn(model, module, monkeypatch, fail)
+    assert [file.name for file in folder.iterdir()] == ["learned.safetensors"]
+    assert tensors_of(folder / "learned.safetensors")
 
 
 def test_an_error_leaves_the_models_as_they_were(model, folder, monkeypatch):

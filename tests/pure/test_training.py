@@ -13,6 +13,7 @@ from latentmotion.training.loop import Recipe, Stopped, fit
 from latentmotion.training.lora import LowRankSet
 from latentmotion.training.precision import Masters, planar_norms
 from safetensors import safe_open
+from small_disk import small_disk
 from torch import nn
 
 RECIPE = Recipe("line", steps=120, batch=8, learning_rate=0.05, warmup=5, weight_decay=0.0, average=0.9)
@@ -189,6 +190,16 @@ def test_weights_are_written_whole_with_their_recipe(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         checkpoint.save_weights(path, {"a": torch.ones(1)}, {"steps": 4})
     assert checkpoint.read_recipe(path) == {"steps": 3}
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    checkpoint.save_weights(path, {"a": torch.ones(1)}, {"steps": 3})
+    with small_disk(20_000), pytest.raises(OSError, match="weights|large|space|writ"):
+        checkpoint.save_weights(path, {"a": torch.ones(100, 100)}, {"steps": 4}, torch.float32)
+    assert checkpoint.read_recipe(path) == {"steps": 3}
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 def test_no_recipe_where_there_is_no_file(tmp_path):
