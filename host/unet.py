@@ -42,21 +42,21 @@ class MotionSlot(nn.Module):
         return self.held[0](x, self.call, self.joint_norm)
 
 
-def _down_levels(unet: UNetModel) -> Iterator[tuple[int, nn.Module]]:
-    level = 0
+def _widths(unet: UNetModel) -> list[list[int]]:
+    """Of each level, finest first, the widths of its residual layers."""
+    levels: list[list[int]] = [[]]
     for block in list(unet.input_blocks)[1:]:
         if any(isinstance(layer, ResBlock) for layer in block):
-            yield level, block
+            levels[-1].append(_channels(block))
         else:
-            level += 1
+            levels.append([])
+    return [widths for widths in levels if widths]
 
 
 def family(unet: UNetModel) -> str:
     """The image model in words."""
-    widths: dict[int, int] = {}
-    for level, block in _down_levels(unet):
-        widths[level] = _channels(block)
-    return family_of(tuple(widths.values()))
+    levels = _widths(unet)
+    return family_of(tuple(widths[0] for widths in levels), max(map(len, levels)))
 
 
 def levels_of(unet: Any) -> tuple[tuple[int, ...], int]:
@@ -67,14 +67,12 @@ def levels_of(unet: Any) -> tuple[tuple[int, ...], int]:
     if not isinstance(unet, UNetModel) or any(isinstance(module, VideoResBlock) for module in unet.modules()):
         raise ModelMismatchError(f"This MODEL is a {type(unet).__name__}, which has no place for AnimateDiff. Use an "
                                  "image model of SD1.x, SD2.x or SDXL.")
-    levels: dict[int, list[int]] = {}
-    for level, block in _down_levels(unet):
-        levels.setdefault(level, []).append(_channels(block))
-    counts = {len(widths) for widths in levels.values()}
+    levels = _widths(unet)
+    counts = {len(widths) for widths in levels}
     if len(counts) > 1:
         raise ModelMismatchError("The levels of this UNet have different numbers of layers, and motion modules have as "
                                  "many on each. Use an image model of SD1.x, SD2.x or SDXL.")
-    return tuple(widths[0] for widths in levels.values()), counts.pop()
+    return tuple(widths[0] for widths in levels), counts.pop()
 
 
 def _channels(block: nn.Module) -> int:

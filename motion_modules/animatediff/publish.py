@@ -46,7 +46,8 @@ def new_spec(widths: Sequence[int], layers: int, with_mid: bool, convolves: bool
     Raises ModelMismatchError for widths that 32 norm groups do not divide.
     """
     if any(width % 32 for width in widths):
-        raise ModelMismatchError(f"No motion module fits {family_of(tuple(widths))}: each must be a multiple of 32.")
+        found = family_of(tuple(widths), layers)
+        raise ModelMismatchError(f"No motion module fits {found}: each width must be a multiple of 32.")
     slots = [(f"down_blocks.{i}.motion_modules.{j}", width) for i, width in enumerate(widths) for j in range(layers)]
     slots += [("mid_block.motion_modules.0", widths[-1])] if with_mid else []
     for i, width in enumerate(reversed(widths)):

@@ -93,10 +93,11 @@ class MotionSpec:
     @property
     def family(self) -> str:
         """The image model this module belongs to, in words."""
-        return family_of(self.levels)
+        return family_of(self.levels, max(map(len, self.per_block("down_blocks").values()), default=0))
 
 
-def family_of(levels: tuple[int, ...]) -> str:
-    """Name the image model whose UNet has these widths, finest level first."""
-    known = {SD15_LEVELS: "SD1.x / SD2.x", SDXL_LEVELS: "SDXL"}
-    return known.get(levels, "a UNet of widths " + ", ".join(map(str, levels)))
+def family_of(levels: tuple[int, ...], layers: int) -> str:
+    """Name the image model whose UNet has these widths, finest level first, and so many layers on each."""
+    known = {(SD15_LEVELS, 2): "SD1.x / SD2.x", (SDXL_LEVELS, 2): "SDXL"}
+    widths = ", ".join(map(str, levels))
+    return known.get((levels, layers), f"a UNet of widths {widths} with {layers} layer{'s' * (layers > 1)} each")

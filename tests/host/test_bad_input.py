@@ -241,7 +241,7 @@ def test_sdxl_module_on_sd15_and_the_reverse(run_node: Run) -> None:
                                     {"widths": (32, 64), "layers": 2}, {"widths": (32, 64, 64), "layers": 1}])
 def test_other_widths_and_depths(layout: dict, image: ModelPatcher, run_node: Run) -> None:
     with pytest.raises(ModelMismatchError, match="is a motion module for a UNet of widths .*this MODEL is a UNet of "
-                                                 "widths 32, 64. Choose"):
+                                                 "widths 32, 64 with 1 layer each. Choose"):
         apply(run_node, image, motion_module(**layout))
 
 
@@ -265,18 +265,18 @@ def test_a_model_that_makes_video_by_itself(run_node: Run) -> None:
 
 # --- through the executor ----------------------------------------------------------------------------------------
 
-def graph(module_name: str, **apply_inputs: Any) -> dict[str, dict]:
+def graph(module_name: str, drawn: int = 2, **apply_inputs: Any) -> dict[str, dict]:
     return {
         "1": {"class_type": LOAD, "inputs": {"motion_module": module_name}},
         "2": {"class_type": "TestImageModel", "inputs": {}},
         "3": {"class_type": APPLY, "inputs": DEFAULTS | {"model": ["2", 0], "motion_module": ["1", 0]} | apply_inputs},
-        "4": {"class_type": "TestSink", "inputs": {"model": ["3", 0]}},
+        "4": {"class_type": "TestSink", "inputs": {"model": ["3", 0], "frames": drawn}},
     }
 
 
 @pytest.fixture
 def test_nodes(core_nodes: dict, image: ModelPatcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source of the small MODEL, and an output node that draws two frames with what it gets."""
+    """A source of the small MODEL, and an output node that draws some frames with what it gets."""
 
     class TestImageModel:
         RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "run", "test"
@@ -293,10 +293,10 @@ def test_nodes(core_nodes: dict, image: ModelPatcher, monkeypatch: pytest.Monkey
 
         @classmethod
         def INPUT_TYPES(cls) -> dict:
-            return {"required": {"model": ("MODEL",)}}
+            return {"required": {"model": ("MODEL",), "frames": ("INT", {})}}
 
-        def run(self, model: ModelPatcher) -> dict:
-            return {"ui": {"mean": [float(tiny_host.sample(model, 2, steps=1).mean())]}}
+        def run(self, model: ModelPatcher, frames: int) -> dict:
+            return {"ui": {"mean": [float(tiny_host.sample(model, frames, steps=1).mean())]}}
 
     monkeypatch.setitem(core_nodes, "TestImageModel", TestImageModel)
     monkeypatch.setitem(core_nodes, "TestSink", TestSink)
@@ -311,18 +311,28 @@ def test_the_server_stays_healthy(test_nodes: None, models: Path, run_graph: Cal
     spec = helpers_motion.motion_spec(helpers_motion.SMALL_WIDTHS, 1)
     save_file(helpers_motion.motion_weights(spec), models / "good.safetensors")
     save_file(module_file(), models / "wide.safetensors")
-    save_file(lora_file(), models / "lora.safetensors")
+    for name, kind in (("lora", "MotionLoRA"), ("image", "image checkpoint"), ("nan", "NaN")):
+        save_file(CHOSEN[kind][0](), models / f"{name}.safetensors")
     torch.save({"x": Evil(models / "owned")}, models / "evil.ckpt")
+    (models / "short.safetensors").write_bytes((models / "good.safetensors").read_bytes()[:5000])
     first = run_graph(graph("good.safetensors"))
     assert first["success"]
 
-    for name, node, sentence in (("lora.safetensors", "1", "is a MotionLoRA"), ("evil.ckpt", "1", "more than tensors"),
-                                 ("wide.safetensors", "3", "a UNet of widths 32, 64")):
-        result = run_graph(graph(name))
+    for node, sentence, mistake in (
+        ("1", "is a MotionLoRA", graph("lora.safetensors")),
+        ("1", "is a whole image checkpoint", graph("image.safetensors")),
+        ("1", "holds NaN or infinite", graph("nan.safetensors")),
+        ("1", "cannot be read as safetensors", graph("short.safetensors")),
+        ("1", "more than tensors", graph("evil.ckpt")),
+        ("3", "widths 32, 64 with 2 layers each, and this MODEL is a UNet of widths 32, 64 with 1 layer each. ",
+         graph("wide.safetensors")),
+        ("4", "3 frames per clip do not divide", graph("good.safetensors", frames=3)),
+        ("4", "The latent holds no frames", graph("good.safetensors", drawn=0)),
+        ("4", "frame positions", graph("good.safetensors", drawn=80)),
+    ):
+        result = run_graph(mistake)
         assert not result["success"]
         assert fault(result)["node_id"] == node and sentence in fault(result)["exception_message"]
-    bad = run_graph(graph("good.safetensors", frames=3))
-    assert fault(bad)["node_id"] == "4" and "3 frames per clip do not divide" in fault(bad)["exception_message"]
     with pytest.raises(ValueError, match="absent.ckpt is not in your animatediff_models folder. Of the files you have"):
         run_graph(graph("absent.ckpt"))
     with pytest.raises(ValueError, match="is not below end_percent"):
