@@ -1,8 +1,11 @@
-"""What the choices on the nodes mean, and the checks a node makes before anything runs."""
+"""What the choices on the nodes mean, and the checks a node makes before anything runs.
+
+A function imports what it makes by itself: a part that the host lacks then costs only the nodes that need it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..motion_modules.animatediff.spec import Schedule
 from ..motion_modules.errors import CheckpointError, check_choice
@@ -14,14 +17,16 @@ from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from ..training.loop import Recipe
 from . import paths
-from .attention import FrameAttention
-from .context import SlidingContext
-from .inflate import MotionSettings
-from .motion import MotionModule
-from .train import LoraTraining
-from .train_stages import ModuleTraining
-from .tune import Tuning
-from .vae import EXACT, STREAMING, DecodeSettings
+
+if TYPE_CHECKING:
+    from .attention import FrameAttention
+    from .context import SlidingContext
+    from .inflate import MotionSettings
+    from .motion import MotionModule
+    from .train import LoraTraining
+    from .train_stages import ModuleTraining
+    from .tune import Tuning
+    from .vae import DecodeSettings
 
 AS_TRAINED = "as trained"
 MODELS_OWN = "image model's own"
@@ -34,6 +39,7 @@ WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
 FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
+EXACT, STREAMING = "exact", "streaming"
 DECODE_MODES = [EXACT, STREAMING]
 REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"
@@ -83,6 +89,8 @@ def settings(
 
     Some hosts do not check the choices of V3 nodes, so a workflow written by hand may bring any text.
     """
+    from .inflate import MotionSettings
+
     for name, choice, known in (
         ("noise_schedule", noise_schedule, SCHEDULES),
         ("positions", positions, POSITIONS),
@@ -133,6 +141,8 @@ def sliding_context(
     noise: str,
 ) -> SlidingContext:
     """Translate the widgets of Sliding Context. Raises PlanError for lengths that make no plan."""
+    from .context import SlidingContext
+
     plan = WindowPlan(WindowSchedule(schedule), context_length, context_overlap, context_stride, closed_loop)
     return SlidingContext(plan, FuseMethod(fuse), NoiseKind(noise))
 
@@ -156,6 +166,8 @@ def reuse_settings(*, clip_length: int, prompt_frames: int, alpha: float, beta: 
 
 def decoding(*, mode: str, chunk_frames: int, clip_length: int) -> DecodeSettings:
     """Translate the widgets of Temporal VAE Decode. Raises ValueError for a mode that does not exist."""
+    from .vae import DecodeSettings
+
     check_choice("mode", mode, DECODE_MODES)
     return DecodeSettings(mode, max(1, chunk_frames), clip_length)
 
@@ -174,6 +186,8 @@ def lora_training(
     **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
+    from .train import LoraTraining
+
     recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, **_batches(run))
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
@@ -182,6 +196,8 @@ def lora_training(
 
 def adapter_training(*, file_name: str, rank: int, steps: int, learning_rate: float, **run: Any) -> LoraTraining:
     """Translate the widgets of Train Domain Adapter. Raises ValueError for values that cannot be used."""
+    from .train import LoraTraining
+
     recipe = _lora_recipe("domain adapter", steps, learning_rate, **_batches(run))
     path = paths.new_file("loras", file_name)
     return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=rank, **_running(**run))
@@ -203,6 +219,8 @@ def module_training(
 
     Raises ValueError for values that cannot be used.
     """
+    from .train_stages import ModuleTraining
+
     check_choice("layout", layout, LAYOUTS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
                     beta2=0.999, ceiling=high_noise_weight, **_batches(run))  # fmt: skip
@@ -241,6 +259,8 @@ def tuning(
     **run: Any,
 ) -> Tuning:
     """Translate the widgets of Tune Video Model. Raises ValueError for values that cannot be used."""
+    from .tune import Tuning
+
     recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
                     beta2=0.999)  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
@@ -249,6 +269,8 @@ def tuning(
 
 def frame_attention(*, keys_from: str, joint_group_norm: bool, frames: int) -> FrameAttention:
     """Translate the widgets of ST-Attention. Raises ValueError for a choice that does not exist."""
+    from .attention import FrameAttention
+
     check_choice("keys_from", keys_from, REACHES)
     return FrameAttention(Reach(keys_from), joint_group_norm, frames)
 

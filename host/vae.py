@@ -23,12 +23,12 @@ from ..motion_modules.temporal_vae.decode import Workshop, exact, streaming, wor
 from ..motion_modules.temporal_vae.plan import Plan, Spatial, Stage, Temporal
 from ..sampling.tiles import feather, tiles
 from . import memory
+from .options import EXACT, STREAMING
 from .preview import watching_page
 from .temporal_vae import TemporalConvsDecoder
 from .unet import host_affine
 from .video import StreamedVideo
 
-EXACT, STREAMING = "exact", "streaming"
 TILE_SIZES, TILE_OVERLAP = (64, 32), 16  # latent pixels
 # Measured on the host's decoder: elements alive at once per pixel of a frame, and those a stream keeps for the next.
 WORKING_ELEMENTS, STREAM_ELEMENTS = 1000, 4500
