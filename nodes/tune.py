@@ -133,9 +133,18 @@ class TuneVideoModel(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: io.Model.Type, clip: io.Clip.Type, vae: io.Vae.Type, video: object, prompt: str, **settings: object
+        cls,
+        model: io.Model.Type,
+        clip: io.Clip.Type,
+        vae: io.Vae.Type,
+        video: object,
+        prompt: str,
+        base_name: str | None = None,
+        **settings: object,
     ) -> io.NodeOutput:
-        base_name = tune.loader_name(cls.hidden.prompt, cls.hidden.unique_id)
+        """base_name: file of the image model, where no graph says it."""
+        if base_name is None:
+            base_name = tune.loader_name(cls.hidden.prompt, cls.hidden.unique_id)
         how = options.tuning(**settings, base_name=base_name)
         made = tune.tune_video_model(model, clip, vae, video, prompt, how)
         return io.NodeOutput(made, ui=how.report.shown())

@@ -11,8 +11,10 @@ import folder_paths
 import pytest
 from latentmotion.demo import config
 from latentmotion.host import train
+from latentmotion.host.video import DEMO_CLIPS
 from latentmotion.motion_modules.animatediff.lora import read_motion_lora
-from latentmotion.motion_modules.files import read_weights
+from latentmotion.motion_modules.files import read_metadata, read_weights
+from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
 from latentmotion.nodes import recipe
 from PIL import Image
 
@@ -73,6 +75,21 @@ def test_every_stage_is_a_recipe(folder: Path) -> None:
     loras = {str(folder / "models" / "loras" / "made.safetensors"): 0.5}
     recipe.carry_out(written(folder, training="motion module", loras=loras, settings=small | {"frames": 3}))
     assert (folder / "models" / "animatediff_models" / "made.safetensors").is_file()
+
+
+def test_a_video_model_is_a_recipe(folder: Path) -> None:
+    film = {"video_file": str(DEMO_CLIPS / "latentmotion_toy_clip.mp4"), "width": 32, "height": 32, "frame_cap": 4}
+    settings = {"file_name": "tuned", "prompt": "a red circle moves right", "frames": 4, "stride": 1, "steps": 2}
+    said = {"training": "video model", "motion_module": None, "data": film, "camera": None, "settings": settings}
+    recipe.carry_out(written(folder, **said))
+    made = folder / "models" / "animatediff_models" / "tuned.safetensors"
+    file = read_tuned(read_weights(made), read_metadata(made), "tuned")
+    assert file.base.name == "demo" and file.changes
+    for changes, sentence in (({"camera": {"motion": "zoom in"}}, "learns one video as it is"),
+                              ({"data": {"video_file": "none.mp4"}}, "video_file in .data. is 'none.mp4'"),
+                              ({"data": {}}, "video_file in .data. is ''")):
+        with pytest.raises(ValueError, match=sentence):
+            recipe.carry_out(written(folder, **said | changes))
 
 
 def test_toml_is_read(folder: Path) -> None:
