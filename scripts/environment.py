@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from console import Progress, SetupError, say, tail
 
@@ -85,7 +86,7 @@ def locked(file: Path, what: str) -> Iterator[None]:
         yield
 
 
-def _try_lock(handle) -> bool:
+def _try_lock(handle: IO[Any]) -> bool:
     try:
         if os.name == "nt":
             import msvcrt

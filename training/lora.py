@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -57,7 +57,7 @@ class LowRankSet(nn.Module):
             yield name, weights[f"changes.{index}.down"], weights[f"changes.{index}.up"]
 
 
-def _adder(change: LowRank):
+def _adder(change: LowRank) -> Callable[..., torch.Tensor]:
     def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
         return output + change(args[0])
 
