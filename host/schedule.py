@@ -25,7 +25,8 @@ HOST_SETTINGS = {
 
 
 def set_schedule(model: ModelPatcher, schedule: Schedule) -> None:
-    """Give a (cloned) MODEL this noise schedule, keeping what its network predicts.
+    """Give a (cloned) MODEL this noise schedule, keeping what its network predicts and whether its last step is pure
+    noise (zero terminal SNR).
 
     Raises ModelMismatchError for a model that has no discrete noise schedule.
     """
@@ -33,7 +34,7 @@ def set_schedule(model: ModelPatcher, schedule: Schedule) -> None:
     if not isinstance(current, comfy.model_sampling.ModelSamplingDiscrete):
         raise ModelMismatchError(f"The noise schedule '{schedule.value}' needs a model with discrete time steps, and "
                                  f"this one uses {type(current).__mro__[1].__name__}. Choose 'image model's own'.")
-    settings = SimpleNamespace(sampling_settings=HOST_SETTINGS[schedule])
+    settings = SimpleNamespace(sampling_settings=HOST_SETTINGS[schedule] | {"zsnr": current.zsnr})
     model.add_object_patch("model_sampling", type(current)(settings))
 
 

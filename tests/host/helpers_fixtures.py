@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
-import comfy.model_management
 import pytest
 import tiny_host
 import torch
+from comfy.model_patcher import ModelPatcher
 from helpers_motion import Pair, motion_module
+from helpers_restored import Watch, restored
+from latentmotion.host.motion import MotionModule
 
 
 @pytest.fixture(scope="session")
@@ -21,9 +24,7 @@ def _session_pair() -> Pair:
 def pair(_session_pair: Pair) -> Iterator[Pair]:
     """One model for all tests, each of which must leave it as it found it."""
     yield _session_pair
-    _session_pair.assert_nothing_left()
-    comfy.model_management.unload_all_models()
-    tiny_host.assert_same_weights(_session_pair.plain, _session_pair.weights)
+    _session_pair.assert_restored()
 
 
 @pytest.fixture
@@ -31,3 +32,15 @@ def fragile_pair(pair: Pair) -> Iterator[Pair]:
     """The same for tests that end in an error: afterwards the image model draws what it drew, too."""
     yield pair
     pair.assert_untouched()
+
+
+@pytest.fixture
+def watched() -> Iterator[Watch]:
+    """`watched(model)` gives back the model, which must be at the end of the test what it is now, bit for bit."""
+
+    def watch(model: ModelPatcher | MotionModule) -> ModelPatcher | MotionModule:
+        stack.enter_context(restored(model))
+        return model
+
+    with ExitStack() as stack:
+        yield watch

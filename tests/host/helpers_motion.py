@@ -1,17 +1,16 @@
-"""Small random motion modules for the host tests, and the one check they share: the host is as it was."""
+"""Small random motion modules for the host tests, and pairs of one with an image model that tests share."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-import comfy.model_management
 import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
+from helpers_restored import Rest, assert_restored
 from latentmotion.host.inflate import MotionSettings, apply_motion
 from latentmotion.host.motion import MotionModule, manage, patch_motion_lora
-from latentmotion.host.unet import MotionSlot
 from latentmotion.motion_modules.animatediff.checkpoint import MotionFile
 from latentmotion.motion_modules.animatediff.lora import read_motion_lora
 from latentmotion.motion_modules.animatediff.network import MotionModel
@@ -76,18 +75,16 @@ def inflate(image: ModelPatcher, module: MotionModule, **settings: Any) -> Model
 
 @dataclass
 class Pair:
-    """An image MODEL, and what it was before any test touched it."""
+    """An image MODEL and motion modules for it, and what all of them were before any test touched them."""
 
     plain: ModelPatcher
     module: MotionModule
-    still_module: MotionModule
-    weights: dict[str, Tensor] = field(init=False)
-    modules: list[tuple[str, str]] = field(init=False)
+    still_module: MotionModule | None
     image: Tensor = field(init=False)
+    rests: list[Rest] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = tiny_host.weights(self.plain)
-        self.modules = tiny_host.modules_of(self.plain)
+        self.rests = [Rest(model) for model in (self.plain, self.module, self.still_module) if model is not None]
         self.image = tiny_host.sample(self.plain, 2, steps=1)
 
     def video(
@@ -104,15 +101,16 @@ class Pair:
         """Nothing of ours is left in the host's network, and it draws the image it drew at first, bit for bit."""
         self.assert_nothing_left()
         assert torch.equal(tiny_host.sample(self.plain, 2, steps=1), self.image)
-        comfy.model_management.unload_all_models()
-        tiny_host.assert_same_weights(self.plain, self.weights)
+        self.assert_restored()
 
     def assert_nothing_left(self) -> None:
         """No layer of ours among the host's, under any name, and no method replaced on any of its layers."""
-        network = self.plain.model.diffusion_model
-        assert not any(isinstance(module, MotionSlot) for module in network.modules())
-        assert not [name for name, module in network.named_modules() if "forward" in vars(module)]
-        assert tiny_host.modules_of(self.plain) == self.modules
+        for rest in self.rests:
+            rest.assert_same_layers()
+
+    def assert_restored(self) -> None:
+        """Nothing left; and, once the host has unloaded its models, every tensor is what it was, bit for bit."""
+        assert_restored(self.rests)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

@@ -15,11 +15,15 @@ import torch
 import torch._dynamo
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.model_patcher import ModelPatcher
+from helpers_memory import MOST_GROWTH, level, resident_bytes
 from helpers_motion import inflate, motion_module, relative_error
+from helpers_restored import Watch
 from latentmotion.motion_modules.animatediff.spec import V1, V2, Variant
 from latentmotion.sampling.frame_values import FrameValues
 from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
+
+pytest_plugins = ["helpers_fixtures"]
 
 ONE_LEVEL = {
     "channel_mult": [1],
@@ -68,9 +72,9 @@ def _module(variant: Variant = V2) -> Any:
 
 
 @pytest.mark.parametrize("variant", [V2, V1], ids=["v2", "v1"])
-def test_one_graph_for_all_steps_of_all_runs(variant: Variant, run_node: Callable) -> None:
+def test_one_graph_for_all_steps_of_all_runs(variant: Variant, run_node: Callable, watched: Watch) -> None:
     backend = Counting(aot_eager)
-    video = inflate(_image(), _module(variant))
+    video = inflate(watched(_image()), watched(_module(variant)))
     eager = tiny_host.sample(video, FRAMES, steps=3)
     (compiled,) = run_node("TorchCompileModel", model=video, backend=backend)
     for _ in range(2):
@@ -86,12 +90,12 @@ SETTINGS = {
 }
 
 
-def test_settings_changed_after_compiling_count(run_node: Callable) -> None:
+def test_settings_changed_after_compiling_count(run_node: Callable, watched: Watch) -> None:
     """Apply Motion Module behind TorchCompileModel: another setting is not answered with the old graph.
 
     Newer hosts drop the guards on everything in `transformer_options`.
     """
-    image, module = _image(), _module()
+    image, module = watched(_image()), watched(_module())
     (compiled,) = run_node("TorchCompileModel", model=image, backend=Counting())
     clips = []
     for name, (frames, cfg, settings) in SETTINGS.items():
@@ -103,9 +107,9 @@ def test_settings_changed_after_compiling_count(run_node: Callable) -> None:
     assert all(a.shape != b.shape or relative_error(a, b) > 1e-3 for a, b in zip(clips, clips[1:], strict=False))
 
 
-def test_frame_attention_changed_after_compiling_counts(run_node: Callable) -> None:
+def test_frame_attention_changed_after_compiling_counts(run_node: Callable, watched: Watch) -> None:
     """ST-Attention behind TorchCompileModel, by the images of one shape: every other choice is another clip."""
-    image, made = _image(), []
+    image, made = watched(_image()), []
     (compiled,) = run_node("TorchCompileModel", model=image, backend=Counting())
     for mode, frames in (("first and previous", 0), ("first and previous", 2), ("full", 2)):
         eager, clip = (
@@ -115,3 +119,15 @@ def test_frame_attention_changed_after_compiling_counts(run_node: Callable) -> N
         made.append(clip)
     assert not counters["graph_break"]
     assert all(relative_error(a, b) > 1e-3 for a, b in zip(made, made[1:], strict=False))
+
+
+def test_twenty_runs_of_a_compiled_model_leave_nothing_behind(run_node: Callable, watched: Watch) -> None:
+    (compiled,) = run_node(
+        "TorchCompileModel", model=inflate(watched(_image()), watched(_module())), backend=Counting()
+    )
+    tiny_host.sample(compiled, FRAMES, steps=1)
+    before, resident = level(), resident_bytes()
+    for _ in range(20):
+        tiny_host.sample(compiled, FRAMES, steps=1)
+    assert level() == before
+    assert resident_bytes() - resident < MOST_GROWTH

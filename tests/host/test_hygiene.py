@@ -7,8 +7,6 @@ conftest.py compares every function of the host.
 from __future__ import annotations
 
 import copy
-import gc
-import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -17,16 +15,21 @@ import pytest
 import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
-from helpers_motion import Pair, motion_lora, motion_module, relative_error
-from latentmotion.host.unet import MotionSlot
+from helpers_features import FEATURES, FRAMES, STEPS, Cramped, Shrinking, windowed, with_image_lora
+from helpers_memory import MOST_GROWTH, bytes_alive, level, resident_bytes
+from helpers_motion import SMALL, Pair, motion_lora, motion_module, relative_error
+from helpers_restored import Watch, restored
+from latentmotion.host.context import SlidingContext, apply_context
+from latentmotion.host.unet import JointNorm, MotionSlot
 from latentmotion.motion_modules.animatediff.spec import V1
 from latentmotion.sampling.frame_values import frame_values
+from latentmotion.sampling.windows import WindowPlan
 from torch import Tensor
 
 pytest_plugins = ["helpers_fixtures"]
 
-FRAMES = 3
 Breaking = Callable[[], None]
+Run = Callable[[Pair, Callable], None]
 
 
 def _cancel() -> None:
@@ -67,10 +70,12 @@ ENDINGS = {
 
 @pytest.mark.parametrize("joint", [False, True], ids=["v2", "v1"])
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_run_that_ends_inside_a_temporal_transformer(ending: str, joint: bool, fragile_pair: Pair) -> None:
+def test_run_that_ends_inside_a_temporal_transformer(
+    ending: str, joint: bool, fragile_pair: Pair, watched: Watch
+) -> None:
     """In the second step, with every slot in place, and with the norms of v1 replaced."""
     breaking, error = ENDINGS[ending]
-    module = motion_module(seed=2, variant=V1) if joint else fragile_pair.module
+    module = watched(motion_module(seed=2, variant=V1)) if joint else fragile_pair.module
     model = fragile_pair.video(module)
     expected = tiny_host.sample(model, FRAMES)
     trap = _FailingAt(module, breaking, call=2)
@@ -103,9 +108,9 @@ def test_clip_of_one_frame_is_refused_before_anything_is_touched(fragile_pair: P
         tiny_host.sample(fragile_pair.video(), 1)
 
 
-def test_image_model_is_the_same_between_videos(pair: Pair) -> None:
+def test_image_model_is_the_same_between_videos(pair: Pair, watched: Watch) -> None:
     """Two models in turn, one with and one without motion: neither knows of the other."""
-    video, v1 = pair.video(), pair.video(motion_module(seed=2, variant=V1))
+    video, v1 = pair.video(), pair.video(watched(motion_module(seed=2, variant=V1)))
     first = [tiny_host.sample(model, FRAMES) for model in (pair.plain, video, v1)]
     again = [tiny_host.sample(model, FRAMES) for model in (v1, video, pair.plain)]
     for a, b in zip(first, reversed(again), strict=True):
@@ -151,9 +156,9 @@ def test_a_lora_of_no_strength_changes_nothing(pair: Pair) -> None:
     assert relative_error(tiny_host.sample(pair.video(motion_lora(pair.module, 1, 0.0)), FRAMES), bare) < 1e-6
 
 
-def test_two_motion_modules_on_one_model(pair: Pair) -> None:
+def test_two_motion_modules_on_one_model(pair: Pair, watched: Watch) -> None:
     """Each acts, in the order of the canvas, and the MODEL they were put on keeps the first only."""
-    second = motion_module(seed=5)
+    second = watched(motion_module(seed=5))
     one, both, other = pair.video(), pair.video(second, base=pair.video()), pair.video(second)
     clips = [tiny_host.sample(model, FRAMES) for model in (one, both, other, one)]
     assert torch.equal(clips[0], clips[3])
@@ -184,9 +189,9 @@ def _tensors(value: Any, found: dict[int, Tensor] | None = None, seen: set[int] 
 
 def test_clone_is_cheap(pair: Pair) -> None:
     model = pair.video(strength=frame_values(1.0, torch.rand(FRAMES, 8, 8)))
-    before = _bytes_alive()
+    before = bytes_alive()
     clone = model.clone()
-    assert _bytes_alive() - before < 1024, "a clone of a MODEL holds no tensor of its own"
+    assert bytes_alive() - before < 1024, "a clone of a MODEL holds no tensor of its own"
     assert clone.model is model.model
     assert torch.equal(tiny_host.sample(clone, FRAMES), tiny_host.sample(model, FRAMES))
 
@@ -212,46 +217,156 @@ def test_options_are_copied_without_their_tensors(pair: Pair) -> None:
         assert sum(tensor.nbytes for key, tensor in new.items() if key not in known) < 1024
 
 
-def _bytes_alive() -> int:
-    """Bytes of every tensor that Python can reach, storages counted once; a compiler's stand-ins hold none."""
-    gc.collect()
-    storages = {}
-    for found in gc.get_objects():
-        if type(found) in (Tensor, torch.nn.Parameter):
-            storage = found.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+def _run_of_feature(name: str) -> Run:
+    def run(pair: Pair, run_node: Callable) -> None:
+        model, options = FEATURES[name](pair.video(), run_node)
+        tiny_host.sample(model, FRAMES, **{"steps": STEPS} | options)
+
+    return run
 
 
-def _alive(*kinds: type) -> list[int]:
-    gc.collect()
-    return [sum(isinstance(found, kind) for found in gc.get_objects()) for kind in kinds]
+def _run_of(video: Callable[[Pair], ModelPatcher], frames: int = FRAMES, **options: Any) -> Run:
+    return lambda pair, run_node: tiny_host.sample(video(pair), frames, **{"steps": 1} | options)
 
 
-def _one_of_many_runs(pair: Pair, number: int) -> None:
-    """A new MODEL each time; a LoRA, a failure, a cancel or an unload now and then."""
-    module = motion_lora(pair.module, number % 3) if number % 2 else pair.module
-    model = pair.video(module)
-    breaking, error = list(ENDINGS.values())[number % 3]
-    if number % 4 == 3:
-        trap = _FailingAt(module, breaking, call=1)
+def _run_that_ends(ending: str) -> Run:
+    """Inside a temporal transformer, with every layer of ours among the host's."""
+
+    def run(pair: Pair, run_node: Callable) -> None:
+        breaking, error = ENDINGS[ending]
+        trap = _FailingAt(pair.module, breaking, call=1)
         trap.network = pair.plain.model.diffusion_model
         with pytest.raises(error):
-            tiny_host.sample(model, 2, steps=1)
+            tiny_host.sample(pair.video(), FRAMES, steps=1)
         trap.handle.remove()
         comfy.model_management.interrupt_current_processing(False)
-    else:
-        tiny_host.sample(model, 2, steps=1)
-    if number % 5 == 4:
-        comfy.model_management.unload_all_models()
+        assert trap.seen_slots == len(pair.module.spec.slots)
+
+    return run
 
 
-def test_twenty_runs_leave_nothing_behind(pair: Pair) -> None:
-    counted, resident = [], []
-    for number in range(25):
-        _one_of_many_runs(pair, number)
-        if number % 5 == 4:
-            counted.append((_bytes_alive(), *_alive(Tensor, ModelPatcher, MotionSlot)))
-            resident.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    assert counted[1:] == counted[:1] * 4, "bytes, tensors, patchers and slots alive after 5, 10, 15, 20 and 25 runs"
-    assert resident[-1] - resident[0] < 50 * 1024, "peak resident memory grew by more than 50 MB over 20 runs"
+def _loaded_in_part(kind: type[ModelPatcher]) -> Run:
+    """With patches on both models, which the host applies layer by layer."""
+
+    def run(pair: Pair, run_node: Callable) -> None:
+        image, module = with_image_lora(pair.plain, run_node)[0], motion_lora(pair.module)
+        for patcher in (image, module.patcher):
+            patcher.__class__ = kind
+        tiny_host.sample(pair.video(module, base=image), FRAMES, steps=1)
+        assert pair.plain.model.model_lowvram and pair.module.patcher.model.model_lowvram
+
+    return run
+
+
+def _low_precision(weights: torch.dtype) -> Run:
+    """Models of their own, which go with the run."""
+
+    def run(pair: Pair, run_node: Callable) -> None:
+        image = tiny_host.sd15(dtype=weights, compute_dtype=torch.float32)
+        tiny_host.sample(pair.video(motion_module(dtype=weights), base=image), FRAMES, steps=1)
+
+    return run
+
+
+def _hosts_windows(pair: Pair, run_node: Callable) -> None:
+    tiny_host.sample(windowed(pair.video(), run_node), 6, steps=1)
+
+
+def _sliding_context(pair: Pair) -> ModelPatcher:
+    return apply_context(pair.video(), SlidingContext(WindowPlan(length=4, overlap=2)))
+
+
+SAMPLERS = ("euler_ancestral", "dpmpp_2m_sde", "uni_pc", "lcm")
+RUNS: dict[str, Run] = {
+    **{name: _run_of_feature(name) for name in FEATURES},
+    **{name: _run_of(Pair.video, steps=3, sampler=name) for name in SAMPLERS},
+    **{name: _run_that_ends(name) for name in ENDINGS},
+    "the host's windows": _hosts_windows,
+    "sliding context": _run_of(_sliding_context, frames=6),
+    "strength per frame": _run_of(lambda pair: pair.video(strength=frame_values(1.0, torch.rand(FRAMES, 8, 8)))),
+    "MotionLoRA": _run_of(lambda pair: pair.video(motion_lora(pair.module, 1))),
+    "two MotionLoRAs": _run_of(lambda pair: pair.video(motion_lora(motion_lora(pair.module, 1), 2, 0.5))),
+    "v1": _run_of(lambda pair: pair.video(motion_module(seed=2, variant=V1))),
+    "two modules": _run_of(lambda pair: pair.video(motion_module(seed=5), base=pair.video())),
+    "no motion": _run_of(lambda pair: pair.plain),
+    "little memory": _loaded_in_part(Cramped),
+    "memory taken back": _loaded_in_part(Shrinking),
+    "float8": _low_precision(torch.float8_e4m3fn),
+    "bfloat16": _low_precision(torch.bfloat16),
+}  # fmt: skip
+
+
+def test_twenty_runs_leave_nothing_behind(pair: Pair, run_node: Callable) -> None:
+    """Every kind of run three times, many more than twenty in a row: what one loaded left to the next, and unloaded."""
+    for run in RUNS.values():
+        run(pair, run_node)
+    before, resident = level(), resident_bytes()
+    for name, run in RUNS.items():
+        run(pair, run_node)
+        pair.assert_restored()
+        assert level() == before, f"alive after {name}, and before"
+    for run in RUNS.values():
+        run(pair, run_node)
+    assert level() == before
+    assert resident_bytes() - resident < MOST_GROWTH, f"resident memory grew over {2 * len(RUNS)} runs"
+
+
+def _first(model: torch.nn.Module) -> torch.nn.Module:
+    return model.diffusion_model.input_blocks[0][0]
+
+
+def _leave_slot(model: torch.nn.Module) -> None:
+    model.diffusion_model.middle_block.add_module("left", MotionSlot(torch.nn.Identity(), None))
+
+
+def _leave_norm(model: torch.nn.Module) -> None:
+    model.diffusion_model.out[0] = JointNorm(model.diffusion_model.out[0], 2)
+
+
+def _change_one_bit(model: torch.nn.Module) -> None:
+    _first(model).weight.view(torch.int32).flatten()[0] ^= 1
+
+
+def _leave_patch(model: torch.nn.Module) -> None:
+    _first(model).weight_function = [torch.neg]
+
+
+OFFENCES: dict[str, tuple[Callable[[torch.nn.Module], Any], str]] = {
+    "slot": (_leave_slot, "layers of the pack"),
+    "norm": (_leave_norm, "layers of the pack"),
+    "another layer": (lambda model: setattr(model.diffusion_model, "out", copy.deepcopy(model.diffusion_model.out)),
+                      "other objects"),
+    "a layer more": (lambda model: model.diffusion_model.out.append(torch.nn.Identity()), "came, went"),
+    "forward": (lambda model: setattr(_first(model), "forward", _first(model).forward), "forward"),
+    "method": (lambda model: setattr(model, "memory_required", model.memory_required), "methods or hooks"),
+    "hook": (lambda model: _first(model).register_forward_hook(print), "methods or hooks"),
+    "patch": (_leave_patch, "still patches"),
+    "one bit": (_change_one_bit, "1 tensors changed"),
+    "type": (lambda model: _first(model).half(), "tensors changed"),
+    "buffer": (lambda model: model.model_sampling.sigmas.mul_(2), "1 tensors changed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OFFENCES)
+def test_what_is_left_behind_is_noticed(name: str) -> None:
+    image = tiny_host.sd15(**SMALL)
+    offence, message = OFFENCES[name]
+    with pytest.raises(AssertionError, match=message), restored(image):
+        offence(image.model)
+
+
+def test_a_changed_motion_module_is_noticed() -> None:
+    module = motion_module(widths=(32,), layers=1)
+    with pytest.raises(AssertionError, match="1 tensors changed"), restored(module):
+        next(iter(module.patcher.model.parameters())).view(-1)[0] += 1
+
+
+def test_what_stays_in_memory_is_measured() -> None:
+    """Memory that is given back counts no more, which the peak of a process would not tell."""
+    before, resident = level(), resident_bytes()
+    kept = [torch.zeros(1000), bytearray(b"1" * 2 * MOST_GROWTH)]
+    assert level()["bytes"] - before["bytes"] == kept[0].nbytes
+    assert resident_bytes() - resident > MOST_GROWTH
+    kept.clear()
+    assert level() == before
+    assert resident_bytes() - resident < MOST_GROWTH

@@ -13,11 +13,11 @@ import comfy.sample
 import helpers_motion
 import pytest
 import reference_motion as reference
-import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from helpers_motion import inflate, motion_module
+from helpers_motion import Pair, inflate, motion_module
+from helpers_restored import Watch
 from latentmotion.host.motion import MotionModule
 from latentmotion.motion_modules.animatediff.spec import (
     ANIMATE_LCM,
@@ -34,15 +34,17 @@ from latentmotion.sampling.frame_values import frame_values
 from motion_runs import SAME, Run, apply, draw, error, noise
 from torch import Tensor
 
-
-@pytest.fixture(scope="module")
-def image() -> ModelPatcher:
-    return tiny_host.sd15()
+pytest_plugins = ["helpers_fixtures"]
 
 
-@pytest.fixture(scope="module")
-def module() -> MotionModule:
-    return motion_module()
+@pytest.fixture
+def image(pair: Pair) -> ModelPatcher:
+    return pair.plain
+
+
+@pytest.fixture
+def module(pair: Pair) -> MotionModule:
+    return pair.module
 
 
 # --- noise schedules ---------------------------------------------------------------------------------------------
@@ -67,9 +69,10 @@ def assert_schedule(model: ModelPatcher, kind: tuple[str, float]) -> None:
 
 
 @pytest.mark.parametrize("variant", AS_TRAINED, ids=lambda variant: variant.name)
-def test_schedule_is_the_one_the_variant_was_trained_with(variant: Variant, image: ModelPatcher, run_node: Run) -> None:
+def test_schedule_is_the_one_the_variant_was_trained_with(variant: Variant, image: ModelPatcher, run_node: Run,
+                                                          watched: Watch) -> None:
     before = sampling_of(image)
-    assert_schedule(apply(run_node, image, motion_module(variant=variant)), AS_TRAINED[variant])
+    assert_schedule(apply(run_node, image, watched(motion_module(variant=variant))), AS_TRAINED[variant])
     assert sampling_of(image) is before and image.model.model_sampling is before
     assert_schedule(image, ("root", 0.012))
 
@@ -92,6 +95,16 @@ def test_what_the_network_predicts_is_kept(sampling: str, cls: str, image: Model
     assert type(found).__mro__[1:] == type(sampling_of(changed)).__mro__[1:]
     assert any(base.__name__ == cls for base in type(found).__mro__)
     assert float(found.sigma_max) == pytest.approx(25.146, rel=1e-3 if sampling == "lcm" else 3e-4)
+
+
+def test_zero_terminal_snr_is_kept(image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
+    (changed,) = run_node("ModelSamplingDiscrete", model=image, sampling="v_prediction", zsnr=True)
+    (plain,) = run_node("ModelSamplingDiscrete", model=image, sampling="v_prediction", zsnr=False)
+    kept = sampling_of(apply(run_node, changed, module))
+    ordinary = sampling_of(apply(run_node, plain, module))
+    assert 1000 < float(kept.sigma_max) == pytest.approx(float(sampling_of(changed).sigma_max), rel=1e-3)
+    assert not torch.equal(kept.sigmas, sampling_of(changed).sigmas)
+    assert float(ordinary.sigma_max) < 100
 
 
 def test_a_model_without_discrete_steps_keeps_its_schedule(image: ModelPatcher, module: MotionModule,
@@ -127,8 +140,8 @@ def no_room(device: object = None, torch_free_too: bool = False) -> Any:
 
 @pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
 def test_conditions_in_one_call_or_two(variant: Variant, image: ModelPatcher, run_node: Run,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    video = apply(run_node, image, motion_module(variant=variant), strength_per_frame=[1.0, 0.5, 0.2, 1.5])
+                                       watched: Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    video = apply(run_node, image, watched(motion_module(variant=variant)), strength_per_frame=[1.0, 0.5, 0.2, 1.5])
     with counted(video) as together:
         one = draw(video, noise())
     monkeypatch.setattr(comfy.model_management, "get_free_memory", no_room)
@@ -139,9 +152,10 @@ def test_conditions_in_one_call_or_two(variant: Variant, image: ModelPatcher, ru
     assert error(two, one) < SAME
 
 
-def test_conditions_of_lengths_that_cannot_share_a_call(image: ModelPatcher, run_node: Run) -> None:
+def test_conditions_of_lengths_that_cannot_share_a_call(image: ModelPatcher, run_node: Run,
+                                                        watched: Watch) -> None:
     """The host itself runs texts of 77 and 41 tokens apart; each call is one whole clip."""
-    made = motion_module(variant=V1)
+    made = watched(motion_module(variant=V1))
     video = apply(run_node, image, made, **OWN)
     with counted(video) as calls:
         found = draw(video, noise(), tokens=(77, 41))
@@ -151,9 +165,10 @@ def test_conditions_of_lengths_that_cannot_share_a_call(image: ModelPatcher, run
 
 
 @pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
-def test_two_videos_in_a_batch_are_the_two_videos(variant: Variant, image: ModelPatcher, run_node: Run) -> None:
+def test_two_videos_in_a_batch_are_the_two_videos(variant: Variant, image: ModelPatcher, run_node: Run,
+                                                  watched: Watch) -> None:
     per_frame = {"strength_per_frame": [1.0, 0.3, 0.7, 1.2], "motion_scale_per_frame": "0: 0.5, 3: 1.5"}
-    made = motion_module(variant=variant)
+    made = watched(motion_module(variant=variant))
     both = draw(apply(run_node, image, made, frames=4, **per_frame), noise(8))
     alone = apply(run_node, image, made, **per_frame)
     assert error(both[:4], draw(alone, noise(8)[:4])) < SAME
@@ -204,8 +219,8 @@ NEVER = [{"start": 0.5, "end": 0.5}, {"start": 1.0, "end": 1.0}, {"start": 0.8, 
 
 
 @pytest.mark.parametrize("settings", NEVER)
-def test_an_empty_part_is_the_image_model(settings: dict, image: ModelPatcher) -> None:
-    made = motion_module(variant=V1)
+def test_an_empty_part_is_the_image_model(settings: dict, image: ModelPatcher, watched: Watch) -> None:
+    made = watched(motion_module(variant=V1))
     assert torch.equal(draw(inflate(image, made, **settings), noise(), 3), draw(image, noise(), 3))
 
 
@@ -222,9 +237,9 @@ def test_part_of_the_run(start: float, end: float, active: list[int], image: Mod
     assert [len(numbers) for numbers in active_in(seen)] == active
 
 
-def test_two_halves_make_the_whole(image: ModelPatcher, run_node: Run) -> None:
+def test_two_halves_make_the_whole(image: ModelPatcher, run_node: Run, watched: Watch) -> None:
     """Two modules of the same weights, one for each half of the run: each step belongs to exactly one of them."""
-    first, second = motion_module(variant=V1), motion_module(variant=V1)
+    first, second = watched(motion_module(variant=V1)), watched(motion_module(variant=V1))
     halves = apply(run_node, image, first, end_percent=0.5)
     halves = apply(run_node, halves, second, start_percent=0.5)
     with slot_calls(halves) as seen:
@@ -266,8 +281,8 @@ def hooked(image: ModelPatcher, *modules: MotionModule, frames: int = 4, **setti
         hook.remove()
 
 
-def test_modules_act_one_after_another(image: ModelPatcher, run_node: Run) -> None:
-    first, second = motion_module(0), motion_module(1)
+def test_modules_act_one_after_another(image: ModelPatcher, run_node: Run, watched: Watch) -> None:
+    first, second = watched(motion_module(0)), watched(motion_module(1))
     one = apply(run_node, apply(run_node, image, first, **OWN), second, **OWN)
     other = apply(run_node, apply(run_node, image, second, **OWN), first, **OWN)
     with hooked(image, first, second):

@@ -12,7 +12,8 @@ import pytest
 import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
-from helpers_motion import motion_module
+from helpers_motion import Pair, motion_module
+from helpers_restored import Watch
 from latentmotion.host.motion import MotionModule, manage
 from latentmotion.motion_modules.animatediff.checkpoint import MotionFile
 from latentmotion.motion_modules.animatediff.spec import SDXL_BETA, V1, V2, Variant
@@ -20,15 +21,17 @@ from motion_runs import SAME, Run, apply, draw, error, noise
 from safetensors.torch import save_file
 from torch import Tensor
 
-
-@pytest.fixture(scope="module")
-def image() -> ModelPatcher:
-    return tiny_host.sd15()
+pytest_plugins = ["helpers_fixtures"]
 
 
-@pytest.fixture(scope="module")
-def module() -> MotionModule:
-    return motion_module()
+@pytest.fixture
+def image(pair: Pair) -> ModelPatcher:
+    return pair.plain
+
+
+@pytest.fixture
+def module(pair: Pair) -> MotionModule:
+    return pair.module
 
 
 # --- MotionLoRA --------------------------------------------------------------------------------------------------
@@ -70,8 +73,9 @@ def weights_of(patcher: ModelPatcher) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in patcher.model.state_dict().items()}
 
 
-def test_motion_loras_add_and_go_without_a_trace(image: ModelPatcher, lora_folder: Path, run_node: Run) -> None:
-    made = motion_module()
+def test_motion_loras_add_and_go_without_a_trace(image: ModelPatcher, lora_folder: Path, run_node: Run,
+                                                 watched: Watch) -> None:
+    made = watched(motion_module())
     before = weights_of(made.patcher)
     files = {name: lora_file(made, seed) for seed, name in enumerate(("zoom.safetensors", "pan.ckpt"))}
     save_file(files["zoom.safetensors"], lora_folder / "zoom.safetensors")
@@ -98,8 +102,8 @@ def test_motion_loras_add_and_go_without_a_trace(image: ModelPatcher, lora_folde
     assert min(error(clip, plain) for clip in clips) > 1e-3 and error(*clips) > 1e-3
 
 
-def test_strength_zero_and_opposites_cancel(image: ModelPatcher, run_node: Run) -> None:
-    made = motion_module()
+def test_strength_zero_and_opposites_cancel(image: ModelPatcher, run_node: Run, watched: Watch) -> None:
+    made = watched(motion_module())
     plain = draw(apply(run_node, image, made), noise())
     nothing = helpers_motion.motion_lora(made, strength=0.0)
     both = helpers_motion.motion_lora(helpers_motion.motion_lora(made, strength=1.0), strength=-1.0)
@@ -160,22 +164,23 @@ def test_domain_adapter_through_the_hosts_own_loader(ending: str, image: ModelPa
 # --- stored types ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
-def test_stored_type_of_the_weights(dtype: torch.dtype, image: ModelPatcher, run_node: Run) -> None:
+def test_stored_type_of_the_weights(dtype: torch.dtype, image: ModelPatcher, run_node: Run, watched: Watch) -> None:
     """A float32 model computes in float32 whatever the file stores: as with the same numbers written out wide."""
     spec = helpers_motion.motion_spec()
     weights = {name: t.to(dtype) for name, t in helpers_motion.motion_weights(spec).items()}
     wide = {name: t.float() for name, t in weights.items()}
-    found, expected = (draw(apply(run_node, image, manage(MotionFile(spec, file), "x")), noise())
+    found, expected = (draw(apply(run_node, image, watched(manage(MotionFile(spec, file), "x"))), noise())
                        for file in (weights, wide))
     assert error(found, expected) < SAME
 
 
 @pytest.mark.parametrize("variant", [V1, V2, SDXL_BETA], ids=lambda variant: variant.name)
-def test_a_bfloat16_model_computes_in_its_own_type(variant: Variant, run_node: Run) -> None:
-    image, made = tiny_host.sd15(dtype=torch.bfloat16), motion_module(variant=variant)
+def test_a_bfloat16_model_computes_in_its_own_type(variant: Variant, run_node: Run, watched: Watch) -> None:
+    image, made = watched(tiny_host.sd15(dtype=torch.bfloat16)), watched(motion_module(variant=variant))
     wide = tiny_host.sd15()
     state = image.model.diffusion_model.state_dict()
     wide.model.diffusion_model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    watched(wide)
     types: set[torch.dtype] = set()
 
     def note(_: torch.nn.Module, args: tuple, out: Tensor) -> None:
@@ -189,10 +194,10 @@ def test_a_bfloat16_model_computes_in_its_own_type(variant: Variant, run_node: R
     assert error(plain, moving) < 0.1
 
 
-def test_weights_of_an_fp8_image_model(run_node: Run) -> None:
-    image = tiny_host.sd15(dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+def test_weights_of_an_fp8_image_model(run_node: Run, watched: Watch) -> None:
+    image = watched(tiny_host.sd15(dtype=torch.float8_e4m3fn, compute_dtype=torch.float32))
     for variant in (V1, V2):
-        video = apply(run_node, image, motion_module(variant=variant, dtype=torch.float8_e4m3fn))
+        video = apply(run_node, image, watched(motion_module(variant=variant, dtype=torch.float8_e4m3fn)))
         assert torch.isfinite(draw(video, noise())).all()
 
 
