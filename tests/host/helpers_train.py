@@ -25,8 +25,9 @@ def small_module(**layout: Any) -> MotionModule:
 class Text:
     """Stands for a CLIP: a caption is a row of numbers made from its letters, and asked for once."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 32) -> None:
         self.asked: list[str] = []
+        self.width = width
 
     def tokenize(self, text: str) -> str:
         return text
@@ -34,7 +35,7 @@ class Text:
     def encode_from_tokens_scheduled(self, text: str) -> list:
         self.asked.append(text)
         generator = torch.Generator().manual_seed(sum(map(ord, text)))
-        return [[torch.randn(1, 7, 32, generator=generator), {"pooled_output": None}]]
+        return [[torch.randn(1, 7, self.width, generator=generator), {"pooled_output": None}]]
 
 
 class Pictures:
