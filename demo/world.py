@@ -46,7 +46,7 @@ class Scene:
     def __len__(self) -> int:
         return len(self.shape)
 
-    def __getitem__(self, index) -> Scene:
+    def __getitem__(self, index: slice | list[int]) -> Scene:
         return Scene(*(getattr(self, field.name)[index] for field in fields(self)))
 
 
