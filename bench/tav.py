@@ -170,7 +170,7 @@ def main(argv: list[str]) -> int:
     full = parser.add_argument_group("full_size")
     full.add_argument("--size", type=int, default=128, help="pixels a side")
     full.add_argument("--frames", type=int, default=3)
-    full.add_argument("--rounds", type=int, default=0, help="time training steps in so many rounds as well")
+    full.add_argument("--rounds", type=int, default=2, help="time training steps in so many rounds; 0: do not")
     toy = parser.add_argument_group("toy")
     toy.add_argument("--clips", type=int, default=20, help="clips to tune on and edit")
     toy.add_argument("--ablated", type=int, default=6, help="of which so many are edited without each part too")
