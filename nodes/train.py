@@ -130,8 +130,8 @@ class TrainMotionModule(io.ComfyNode):
                     "motion_module is connected.",
                 ),
                 *_step_inputs(20000, 0.0001),
-                *_clip_inputs(),
-                *_batch_inputs(1),
+                *_clip_inputs(stride=4),
+                *_batch_inputs(1, accumulate=4),
                 *run_inputs(500),
                 MotionModuleSocket.Input(
                     "motion_module",
@@ -205,10 +205,10 @@ def _step_inputs(steps: int, rate: float) -> list[io.Input]:
     ]
 
 
-def _clip_inputs() -> list[io.Input]:
+def _clip_inputs(stride: int = 1) -> list[io.Input]:
     return [
         io.Int.Input("frames", default=16, min=2, max=1024, tooltip="Frames of a training clip."),
-        io.Int.Input("stride", default=1, min=1, max=64, tooltip="Every how many frames of a clip one is taken."),
+        io.Int.Input("stride", default=stride, min=1, max=64, tooltip="Every how many frames of a clip one is taken."),
         io.Int.Input(
             "clip_length",
             default=0,
@@ -219,12 +219,12 @@ def _clip_inputs() -> list[io.Input]:
     ]
 
 
-def _batch_inputs(size: int, what: str = "Training clips") -> list[io.Input]:
+def _batch_inputs(size: int, what: str = "Training clips", accumulate: int = 1) -> list[io.Input]:
     return [
         io.Int.Input("batch_size", default=size, min=1, max=64, tooltip=f"{what} worked on at once."),
         io.Int.Input(
             "accumulate",
-            default=1,
+            default=accumulate,
             min=1,
             max=1024,
             tooltip="Batches that make one step: as a larger batch, in the memory of a small one.",
