@@ -14,6 +14,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 
 from ..training.plot import SIZE, plot, under
+from .preview import watching_page
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,12 @@ class Report:
         self.lines.append(line)
 
     def begin(self, path: Path, trained: int, needed: float) -> None:
-        """Say what will be trained. needed: memory in bytes."""
+        """Say what will be trained, on the node too, before it begins. needed: memory in bytes."""
         size, memory = f"{trained / 1e6:.1f} million numbers", f"{needed / 1e9:.2f} GB of memory"
         self.say(f"{size} learn in about {memory} besides the models", path)
+        page = watching_page()
+        if page is not None:
+            page.say(self.lines[-1])
 
     def finished(self, path: Path) -> None:
         """Say nothing but that there was nothing to do."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from comfy.model_patcher import ModelPatcher
-from helpers_train import Pictures, Text
-from latentmotion.host import options, progress, tune
+from helpers_train import Pictures, Recorder, Text
+from latentmotion.host import options, progress, train, tune
 from latentmotion.host.progress import Report
 from latentmotion.training.plot import SIZE, plot
 from PIL import Image, ImageChops
@@ -36,6 +37,16 @@ def test_the_report_of_a_run(model: ModelPatcher, folder: Path) -> None:
     again = report_of(model)
     assert again.picture is None, "nothing was trained"
     assert again.lines == [f"trained with these settings already: {folder / 'edge.safetensors'}"]
+
+
+def test_memory_is_on_the_node_before_the_first_step(model: ModelPatcher, folder: Path,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    recorder = Recorder(lambda step: told.append(f"step {step}"))
+    monkeypatch.setattr(train, "TrainingProgress", recorder)
+    monkeypatch.setattr(progress, "watching_page", lambda: SimpleNamespace(say=told.append))
+    report = report_of(model)
+    assert told == [report.lines[0], "step 1", "step 2", "step 3"] and "GB of memory besides the models" in told[0]
 
 
 @pytest.mark.parametrize("in_graph", [True, False])
