@@ -183,6 +183,7 @@ def lora_training(
     stride: int,
     clip_length: int,
     high_noise_weight: float = 1.0,
+    layers: str = "",
     **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
@@ -191,7 +192,8 @@ def lora_training(
     recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, **_batches(run))
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
-    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
+    parts = tuple(layers.replace(",", " ").split())
+    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, layers=parts, **clips, **_running(**run))
 
 
 def adapter_training(*, file_name: str, rank: int, steps: int, learning_rate: float, **run: Any) -> LoraTraining:

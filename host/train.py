@@ -37,7 +37,7 @@ from ..training.dataset import Dataset
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe, Stopped, fit
-from ..training.lora import LowRankSet
+from ..training.lora import LowRankSet, attention_layers
 from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, check_teachable, patch_motion_lora
@@ -89,17 +89,18 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTraining(Training):
-    """What a low-rank change is trained by. alpha: the change counts alpha / rank."""
+    """What a low-rank change is trained by. alpha: it counts alpha / rank. layers: parts of names, none for all."""
 
     rank: int
     alpha: float
+    layers: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "alpha": self.alpha}
+        return {"rank": self.rank, "alpha": self.alpha} | ({"layers": self.layers} if self.layers else {})
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,8 +132,7 @@ def train_motion_lora(
 ) -> MotionModule:
     """Train a MotionLoRA on an IMAGE, VIDEO or dataset, write it, and return the motion module with it.
 
-    Neither MODEL nor motion module is changed or copied. On Cancel the state stays on the disk.
-    Raises TrainingError, ModelMismatchError and ClipError with a sentence for the user.
+    On Cancel the state stays on the disk. Raises TrainingError, ModelMismatchError and ClipError in words for the user.
     """
     check_image_model(model)
     check_motion(model, module.spec, module.name, how)
@@ -142,7 +142,7 @@ def train_motion_lora(
     if module.spec.variant.schedule is not None:
         set_schedule(model, module.spec.variant.schedule)
     network = module.patcher.model
-    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
+    names = attention_layers(network, how.layers)
 
     @contextmanager
     def begin() -> Iterator[Learner]:

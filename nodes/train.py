@@ -42,6 +42,13 @@ class TrainMotionLora(io.ComfyNode):
                 *_batch_inputs(1),
                 *run_inputs(),
                 _noise_input(),
+                io.String.Input(
+                    "layers",
+                    default="",
+                    optional=True,
+                    tooltip="Layers to change: parts of their names, such as to_q or up_blocks. Empty: all of them, as "
+                    "published.",
+                ),
             ],
             outputs=[
                 MotionModuleSocket.Output(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 from torch.nn import functional
+
+from ..motion_modules.errors import TrainingError
 
 
 class LowRank(nn.Module):
@@ -55,6 +57,19 @@ class LowRankSet(nn.Module):
         """Layer name, down and up of every change, from `weights` keyed as this module's parameters."""
         for index, name in enumerate(self.names):
             yield name, weights[f"changes.{index}.down"], weights[f"changes.{index}.up"]
+
+
+def attention_layers(network: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Names of the projections of a motion module's attentions that hold one of `parts`, all of them for none.
+
+    Raises TrainingError where a part is in no name.
+    """
+    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
+    absent = [part for part in parts if not any(part in name for name in names)]
+    if absent:
+        raise TrainingError(f"layers says {absent[0]}, and no layer is named so. Write parts of names such as to_q or "
+                            f"up_blocks, or nothing for all; the first layer is {names[0]}.")  # fmt: skip
+    return [name for name in names if not parts or any(part in name for part in parts)]
 
 
 def _adder(change: LowRank) -> Callable[..., torch.Tensor]:

@@ -78,6 +78,18 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return train.read_weights(path)
 
 
+def test_only_the_named_layers_learn(model, folder, monkeypatch):
+    module = small_module()
+    learn(model, module, monkeypatch, steps=2, layers="up_blocks, to_q")
+    names = {layer for layer, _ in module.patcher.model.named_modules() if layer.endswith(("to_q", "to_k"))}
+    wanted = {name for name in names if "up_blocks" in name or name.endswith("to_q")}
+    keys = [key for key in tensors_of(folder / "learned.safetensors") if re.search(r"to_[qk]_lora", key)]
+    assert len(keys) == 2 * len(wanted) < 2 * len(names)
+    assert not [key for key in keys if "to_k" in key and "up_blocks" not in key]
+    with pytest.raises(LatentMotionError, match="layers says to_x, and no layer is named so"):
+        learn(model, module, monkeypatch, file_name="other", layers="to_x")
+
+
 def test_cancel_keeps_the_state_and_the_next_run_goes_on(model, folder, monkeypatch):
     module = small_module()
     _, whole = learn(model, module, monkeypatch, file_name="whole")
