@@ -80,8 +80,8 @@ def cut_conds(
 
 def _cut_cond(cond: dict, x: Tensor, window: Any, controls: ControlSlices, model: Any) -> dict:
     out = dict(cond)
-    if window.dim == 0 and isinstance(cond.get("mask"), Tensor):
-        out["mask"] = _rows(cond["mask"], window.index_list)
+    if isinstance(cond.get("mask"), Tensor):
+        out["mask"] = _cut_mask(cond["mask"], x, window)
     if "control" in cond:
         out["control"] = controls.cut(cond["control"], window.index_list)
     if window.dim == 0 and "gligen" in cond:
@@ -94,6 +94,20 @@ def _cut_cond(cond: dict, x: Tensor, window: Any, controls: ControlSlices, model
             key: _cut_value(key, value, x, window, model) for key, value in cond["model_conds"].items()
         }
     return out
+
+
+def _cut_mask(mask: Tensor, x: Tensor, window: Any) -> Tensor:
+    """A mask in the host's form for sampling: the shape of the latents without their channels.
+
+    For images that is (frames, h, w). For 5-D latents it is (1, frames, h, w), or one such mask for each clip; with a
+    single frame it holds for the whole clip.
+    """
+    if window.dim == 0:
+        return _rows(mask, window.index_list)
+    axis = window.dim - 1
+    if mask.ndim == x.ndim - 1 and mask.shape[axis] == x.shape[window.dim]:
+        return window.get_tensor(mask, dim=axis)
+    return mask
 
 
 def _cut_value(key: str, value: Any, x: Tensor, window: Any, model: Any) -> Any:

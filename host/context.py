@@ -107,7 +107,7 @@ class SlidingContext(ContextHandlerABC):
         run = options.get(RUN) or ContextRun()
         step = step_of(timestep, options.get("sample_sigmas"))
         windows = self.plan.windows(frames, step)
-        fusions = [Fusion(x_in, axis, self.fuse, self.plan.overlap) for _ in conds]
+        fusions = [Fusion(x_in, axis, self.fuse, self.plan.overlap, self.plan.loops) for _ in conds]
         for number, indices in enumerate(windows):
             comfy.model_management.throw_exception_if_processing_interrupted()
             run.tell(step, number, len(windows), run_of(options).words)

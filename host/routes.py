@@ -51,6 +51,6 @@ def plan_picture(widgets: Mapping[str, str]) -> dict[str, Any]:
     windows = context.plan.windows(frames)
     rows = []
     for window in windows[:SHOWN_WINDOWS]:
-        weights = window_weights(context.fuse, window, frames, context.plan.overlap)
+        weights = window_weights(context.fuse, window, frames, context.plan.overlap, context.plan.loops)
         rows.append([[frame, weight / max(weights)] for frame, weight in zip(window, weights, strict=True)])
     return {"frames": frames, "more": max(0, len(windows) - SHOWN_WINDOWS), "windows": rows}

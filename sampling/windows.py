@@ -50,6 +50,11 @@ class WindowPlan:
                 f"context_length, {self.length}. A quarter of the length is usual."
             )
 
+    @property
+    def loops(self) -> bool:
+        """Whether windows may run on from the last frame into the first, so that the clip has no ends."""
+        return self.schedule == WindowSchedule.LOOPED
+
     def windows(self, frames: int, step: int = 0) -> list[Window]:
         """Windows for a clip of `frames` frames at sampling step `step`; together they cover every frame."""
         if frames < 1:

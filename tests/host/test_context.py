@@ -4,6 +4,7 @@ that proves the cutting of everything per frame; with motion the windows themsel
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import comfy.model_management
 import comfy.samplers
@@ -235,6 +236,64 @@ def test_five_dimensional_latents_are_cut_along_time() -> None:
     out = context.execute(calc, None, conds, x, torch.tensor([2.0]), options_of_run)
     torch.testing.assert_close(out[0], x + extra)
     assert set(shapes) == {(1, 4, 4, 2, 2)} and not out[1].any()
+
+
+class PassingModel:
+    """As much of a video model as the host's batching of conditionings asks for; it predicts what `c_concat` holds."""
+
+    current_patcher = SimpleNamespace(prepare_state=lambda *args: None, apply_hooks=lambda **hooks: {})
+
+    def memory_required(self, *args, **kwargs) -> int:
+        return 0
+
+    def apply_model(self, x: torch.Tensor, timestep: torch.Tensor, c_concat: torch.Tensor, **kwargs) -> torch.Tensor:
+        return c_concat
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(9, 16, 16), (1, 16, 16), (16, 16), (2, 9, 16, 16), (2, 1, 16, 16), (9, 2, 4)],
+    ids=["frames", "one frame", "one picture", "clips of frames", "clips of one frame", "frames in latent size"],
+)
+@pytest.mark.parametrize("schedule", [WindowSchedule.STATIC, WindowSchedule.LOOPED])
+def test_masks_of_five_dimensional_latents_follow_the_frame(shape: tuple, schedule: WindowSchedule) -> None:
+    """Two prompts, one of them masked, the mask in every form the host takes and made ready by the host."""
+    x = torch.zeros(2, 4, 9, 2, 4)
+    first, second = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(0))
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(1))
+    if mask.ndim == 2:
+        mask = mask.unsqueeze(0)  # as the host's node for masks does
+    prompts = [
+        {"uuid": number, "model_conds": {"c_concat": comfy.conds.CONDRegular(value)}}
+        for number, value in enumerate((first, second))
+    ]
+    prompts[0] |= {"mask": mask, "mask_strength": 0.7}
+    comfy.samplers.resolve_areas_and_cond_masks_multidim(prompts, x.shape[2:], x.device)
+    context = SlidingContext(WindowPlan(schedule, length=4, overlap=1))
+    whole, parts = (
+        comfy.samplers.calc_cond_batch(PassingModel(), [prompts], x, torch.tensor([2.0, 2.0]), model_options)[0]
+        for model_options in ({}, {"context_handler": context})
+    )
+    torch.testing.assert_close(parts, whole)
+    assert relative_error(whole, second) > 1e-2 and relative_error(whole, first) > 1e-2
+
+
+@pytest.mark.parametrize("shape", [(48, 4, 2, 2), (1, 4, 48, 2, 2)])
+@pytest.mark.parametrize("closed_loop", [False, True])
+def test_overlap_linear_fades_over_the_seam_of_a_loop(shape: tuple, closed_loop: bool) -> None:
+    """Windows twelve apart divide the clip evenly: where every window predicts the same, no frame is special."""
+    x, axis = torch.zeros(shape), 0 if shape[0] == 48 else 2
+    places = torch.arange(16.0).view([-1 if i == axis else 1 for i in range(x.ndim)])
+    plan = WindowPlan(WindowSchedule.LOOPED, 16, 4, closed_loop=closed_loop)
+    context = SlidingContext(plan, FuseMethod.OVERLAP_LINEAR)
+
+    def calc(model, conds, x, timestep, model_options):
+        return [x + places]
+
+    out = context.execute(calc, None, [None], x, torch.ones(1), {})[0].movedim(axis, 0)
+    torch.testing.assert_close(out, out.roll(12, 0))
+    # Frame 0 is the first of one window and the thirteenth of the one over the seam.
+    torch.testing.assert_close(out[0], torch.full_like(out[0], 0.2 * 0 + 0.8 * 12))
 
 
 @pytest.mark.parametrize(("level", "step"), [(10.0, 0), (9.9999, 0), (7.0, 0), (5.0, 1), (3.0, 1), (1.0, 2), (0.5, 2)])

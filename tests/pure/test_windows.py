@@ -8,18 +8,23 @@ from latentmotion.sampling.fuse import FuseMethod, Fusion, window_weights
 from latentmotion.sampling.noise import NoiseKind, arrange_noise
 from latentmotion.sampling.windows import PlanError, WindowPlan, WindowSchedule, halving
 
-LENGTHS = [*range(1, 40), 63, 64, 65, 96, 100, 127, 128, 199, 200]
-SETTINGS = [(1, 0), (2, 1), (8, 0), (8, 3), (16, 4), (16, 15), (24, 12), (32, 8)]
+MOST = 200
+STEPS = [0, 1, 2, 5, 19]
+SETTINGS = [(1, 0), (2, 1), (5, 2), (8, 0), (8, 3), (12, 11), (16, 4), (16, 15), (24, 12), (32, 8), (64, 16), (100, 50)]
+SCHEDULES = [  # with the strides and loops that mean something to them
+    (WindowSchedule.STATIC, 1, False),
+    (WindowSchedule.BATCHED, 1, False),
+    *((WindowSchedule.UNIFORM, stride, False) for stride in (1, 2, 3)),
+    *((WindowSchedule.LOOPED, stride, closed_loop) for stride in (1, 2, 3) for closed_loop in (False, True)),
+]
 
 
-@pytest.mark.parametrize("schedule", WindowSchedule)
+@pytest.mark.parametrize(("schedule", "stride", "closed_loop"), SCHEDULES)
 @pytest.mark.parametrize(("length", "overlap"), SETTINGS)
-@pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("closed_loop", [False, True])
 def test_every_frame_is_covered_and_no_window_too_long(schedule, length, overlap, stride, closed_loop):
     plan = WindowPlan(schedule, length, overlap, stride, closed_loop)
-    for frames in LENGTHS:
-        for step in (0, 1, 2, 5, 19):
+    for frames in range(1, MOST + 1):
+        for step in {0, STEPS[frames % len(STEPS)]}:
             windows = plan.windows(frames, step)
             assert {frame for window in windows for frame in window} == set(range(frames)), (frames, step)
             assert all(0 < len(window) <= length for window in windows)
@@ -33,10 +38,13 @@ def test_neighbouring_windows_overlap_as_asked(schedule):
     assert all(b[0] - a[0] <= 12 for a, b in zip(windows, windows[1:], strict=False))
 
 
-def test_closed_loop_bridges_the_ends_at_every_step():
-    plan = WindowPlan(WindowSchedule.LOOPED, 16, 4, closed_loop=True)
-    for step in range(8):
-        assert any({99, 0} <= set(window) for window in plan.windows(100, step))
+@pytest.mark.parametrize(("length", "overlap"), [(2, 1), (8, 3), (16, 4), (16, 15), (64, 16)])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_closed_loop_bridges_the_ends_at_every_step(length, overlap, stride):
+    plan = WindowPlan(WindowSchedule.LOOPED, length, overlap, stride, closed_loop=True)
+    for frames in range(length + 1, MOST + 1, 7):
+        for step in range(8):
+            assert any({frames - 1, 0} <= set(window) for window in plan.windows(frames, step)), (frames, step)
 
 
 def test_uniform_windows_move_from_step_to_step():
@@ -57,15 +65,29 @@ def test_impossible_settings_are_refused_by_name(length, overlap, stride):
         WindowPlan(WindowSchedule.STATIC, length, overlap, stride)
 
 
-@pytest.mark.parametrize("method", FuseMethod)
-@pytest.mark.parametrize("schedule", WindowSchedule)
+@pytest.mark.parametrize(("schedule", "stride", "closed_loop"), SCHEDULES)
 @pytest.mark.parametrize(("length", "overlap"), SETTINGS)
-def test_windows_that_agree_fuse_to_what_they_agree_on(method, schedule, length, overlap):
-    clip = torch.randn(50, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    fusion = Fusion(clip, 0, method, overlap)
-    for window in WindowPlan(schedule, length, overlap).windows(50, 3):
-        fusion.add(window, clip[window])
-    torch.testing.assert_close(fusion.mean(), clip)
+def test_windows_that_agree_fuse_to_what_they_agree_on(schedule, stride, closed_loop, length, overlap):
+    """Weights of a frame sum to one: for lengths about the window's, and others up to 200 at each setting."""
+    whole = torch.randn(MOST, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plan = WindowPlan(schedule, length, overlap, stride, closed_loop)
+    first = (7 * SETTINGS.index((length, overlap)) + 29 * SCHEDULES.index((schedule, stride, closed_loop))) % 25 + 1
+    for number, frames in enumerate([length, length + 1, 2 * length - overlap + 1, *range(first, MOST + 1, 25)]):
+        method = list(FuseMethod)[(first + number) % len(FuseMethod)]
+        clip = whole[:frames]
+        fusion = Fusion(clip, 0, method, overlap, plan.loops)
+        for window in plan.windows(frames, STEPS[frames % len(STEPS)]):
+            fusion.add(window, clip[window])
+        torch.testing.assert_close(fusion.mean(), clip, msg=f"{frames} frames, {method.value}")
+
+
+@pytest.mark.parametrize("method", FuseMethod)
+@pytest.mark.parametrize("loops", [False, True])
+def test_weights_are_positive(method, loops):
+    for length in range(1, MOST + 1, 3):
+        for overlap in {0, 1, length // 4, length // 2, length - 1}:
+            for first in (0, 5, MOST - length):
+                assert min(window_weights(method, range(first, first + length), MOST, overlap, loops)) > 0
 
 
 def test_fusion_on_a_time_axis_weighs_as_the_formula_says():
@@ -79,6 +101,24 @@ def test_overlap_linear_fades_only_inside_the_clip():
     assert window_weights(FuseMethod.OVERLAP_LINEAR, range(8), 20, 3) == [1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
     assert window_weights(FuseMethod.OVERLAP_LINEAR, range(8), 20, 0) == [1.0] * 8
     assert window_weights(FuseMethod.PYRAMID, range(5), 20, 3) == [1, 2, 3, 2, 1]
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3])
+@pytest.mark.parametrize("closed_loop", [False, True])
+def test_overlap_linear_fades_over_the_seam_of_a_loop(step, closed_loop):
+    """Windows that go evenly round a loop weigh alike, whichever of them starts at frame 0 or ends with the clip."""
+    plan = WindowPlan(WindowSchedule.LOOPED, 16, 4, closed_loop=closed_loop)
+    share = torch.zeros(48, dtype=torch.float64)
+    for window in plan.windows(48, step):
+        weights = window_weights(FuseMethod.OVERLAP_LINEAR, window, 48, 4, plan.loops)
+        assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 8 + [0.8, 0.6, 0.4, 0.2])
+        share[window] += torch.tensor(weights, dtype=torch.float64)
+    torch.testing.assert_close(share, torch.ones_like(share))
+
+
+@pytest.mark.parametrize("schedule", [WindowSchedule.STATIC, WindowSchedule.UNIFORM, WindowSchedule.BATCHED])
+def test_closed_loop_gives_other_schedules_no_seam(schedule):
+    assert not WindowPlan(schedule, closed_loop=True).loops and WindowPlan(WindowSchedule.LOOPED).loops
 
 
 @pytest.mark.parametrize("axis", [0, 2])
