@@ -44,6 +44,22 @@ class DecodeSettings:
     clip_length: int = 0
 
 
+@dataclass
+class _Way:
+    """How the frames of one video are decoded; it lasts for all clips, so that they are alike.
+
+    chunk: frames at once. tile: latent pixels, 0: whole frames. begun: some were given out, so `tile` stays.
+    """
+
+    chunk: int
+    tile: int = 0
+    begun: bool = False
+
+    @property
+    def words(self) -> str:
+        return f"in tiles of {self.tile} latent pixels" if self.tile else f"with {self.chunk} frames at once"
+
+
 class ClipDecoder:
     """A VAE of the host that turns the latents of clips into pixels, some frames at a time."""
 
@@ -77,15 +93,16 @@ class ClipDecoder:
         """Decode clip after clip; nothing is computed before the first chunk is asked for.
 
         Shapes: latent (v f, c, h, w) -> chunks (n, H, W, 3), n <= chunk, in order; float32 on the CPU, in [0, 1].
-        Between two chunks the model may be unloaded, and Cancel is answered. Raises ClipError as `size`.
+        Between two chunks the model may be unloaded, and Cancel is answered. Raises ClipError as `size`, and
+        MemoryError where one frame at a time, or one tile, is too much.
         """
         self._check(latent)
         length = self.settings.clip_length or len(latent)
         clips = latent.split(length)
         progress = comfy.utils.ProgressBar(len(clips) * self._work(length))
-        chunk = self._fitting(clips[0])
+        way = _Way(self._fitting(clips[0]))
         for clip in clips:
-            yield from self._clip(clip, chunk, progress)
+            yield from self._clip(clip, way, progress)
 
     def _check(self, latent: Tensor) -> None:
         length, channels = self.settings.clip_length, getattr(self.vae, "latent_channels", None)
@@ -127,55 +144,76 @@ class ClipDecoder:
         area = clip.shape[2] * clip.shape[3] * self.vae.spacial_compression_decode() ** 2
         return area * (WORKING_ELEMENTS * chunk + STREAM_ELEMENTS * streams) * self.vae.vae_dtype.itemsize
 
-    def _clip(self, clip: Tensor, chunk: int, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
-        """One clip; where memory runs out, again with fewer frames at once, and in tiles once a single one is too many.
+    def _clip(self, clip: Tensor, way: _Way, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
+        """One clip; where memory runs out, again with less of it at once, as `_lessen` says.
 
         What was given out already is decoded anew and dropped.
         """
-        given, tile, failure = 0, 0, None
-        while chunk:
+        given = 0
+        while True:
             try:
                 past = 0
-                for pixels in self._pieces(clip, chunk, tile, progress.update):
+                for pixels in self._pieces(clip, way, progress.update):
                     fresh = pixels[max(given - past, 0) :]
                     past += len(pixels)
                     if len(fresh):
-                        given = past
+                        given, way.begun = past, True
                         yield fresh
                 return
             except Exception as error:
                 if not memory.is_out_of_memory(error):
                     raise
                 failure = str(error)
-            if chunk > 1:
-                chunk //= 2
-            else:
-                tile = next((size for size in TILE_SIZES if size < max(clip.shape[2:]) and size < (tile or 1e9)), 0)
-                chunk = 1 if tile else 0
+            self._lessen(clip, way, failure)  # outside the handler: the error held the failed call's tensors
             comfy.model_management.soft_empty_cache()
-            if chunk:
-                way = f"tiles of {tile} latent pixels" if tile else f"{chunk} frames at once"
-                log.warning("Out of memory while decoding; going on with %s.", way)
-        raise MemoryError(
-            f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
-            "programs, make smaller frames, or start ComfyUI with --cpu-vae."
-        )
 
-    def _pieces(self, clip: Tensor, chunk: int, tile: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
-        if not tile:
-            return self._run(clip, chunk, on_frames)
-        return self._tiled(clip, chunk, tile, on_frames)
+    def _lessen(self, clip: Tensor, way: _Way, failure: str) -> None:
+        """Fewer frames at once, and tiles once a single one is too many and none has been given out.
 
-    def _tiled(self, clip: Tensor, chunk: int, size: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
-        """All frames of one tile after the other, blended over the overlaps; the pixels wait in RAM."""
+        A tile has norm statistics of its own, so tiles in the middle of a video would be a step in its brightness.
+        Raises MemoryError where nothing is left that keeps the frames alike.
+        """
+        if way.chunk > 1:
+            way.chunk //= 2
+        elif way.begun:
+            raise MemoryError(
+                f"Memory ran out in the middle of the video, with one frame at a time ({failure}). Smaller pieces of a "
+                "frame would change the brightness from here on, so decoding ends. The latents are kept: close other "
+                "programs and queue again, which does not sample again, or start ComfyUI with --cpu-vae."
+            )
+        else:
+            sizes = (size for size in TILE_SIZES if size < max(clip.shape[2:]) and not 0 < way.tile <= size)
+            way.tile = next(sizes, 0)
+            if not way.tile:
+                raise MemoryError(
+                    f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
+                    "programs, make smaller frames, or start ComfyUI with --cpu-vae."
+                )
+        log.warning("Out of memory while decoding; going on %s.", way.words)
+        if way.tile and self.page is not None:
+            self.page.say(f"decoding {way.words}, which changes brightness a little")
+
+    def _pieces(self, clip: Tensor, way: _Way, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
+        if not way.tile:
+            yield from self._run(clip, way.chunk, on_frames)
+            return
+        for part in [clip] if self.is_temporal else clip.split(way.chunk):
+            yield from self._tiled(part, way, on_frames)
+
+    def _tiled(self, clip: Tensor, way: _Way, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
+        """All frames of one tile after the other, blended over the overlaps.
+
+        The pixels of all these frames wait in RAM, 12 bytes each, in both modes: a temporal decoder gives the frames
+        of one tile in one go, and what it keeps to go on with every tile in turn is as large as that of a whole frame.
+        """
         frames, height, width = self.size(clip)
         scale = self.vae.spacial_compression_decode()
         canvas, total = torch.zeros(frames, 3, height, width), torch.zeros(height, width)
-        for tile in tiles(*clip.shape[2:], size, TILE_OVERLAP):
+        for tile in tiles(*clip.shape[2:], way.tile, TILE_OVERLAP):
             weight = feather(tile, *clip.shape[2:], TILE_OVERLAP, scale)
             tile.of(total, scale).add_(weight)
             start = 0
-            for pixels in self._run(tile.of(clip), chunk, on_frames):
+            for pixels in self._run(tile.of(clip), way.chunk, on_frames):
                 part = tile.of(canvas[start : start + len(pixels)], scale)
                 part.addcmul_(pixels.movedim(-1, 1), weight)
                 start += len(pixels)

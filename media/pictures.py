@@ -13,6 +13,7 @@ from torch import Tensor
 from . import metadata as meta
 from .clip import Clip
 from .errors import VideoError
+from .formats import webp_quality
 
 LONGEST_SIDE_OF_WEBP = 16383
 EFFORT_OF_WEBP, EFFORT_OF_PNG = 4, 4
@@ -37,7 +38,7 @@ class _Later:
 def write_webp(frames: Iterator[Tensor], clip: Clip, path: Path, quality: int, metadata: dict[str, Any]) -> None:
     """Write an animated WebP that repeats for ever; quality 100 is lossless. The compressed file is held in memory.
 
-    Shapes: frames (h, w, 3) uint8.
+    Shapes: frames (h, w, 3) uint8. Units: quality 0..100, as for every format.
     """
     if not features.check("webp"):
         raise VideoError("This ComfyUI cannot write WebP: its Pillow was built without it. Choose another format.")
@@ -50,7 +51,7 @@ def write_webp(frames: Iterator[Tensor], clip: Clip, path: Path, quality: int, m
     first = next(images)
     with path.open("wb") as file:
         first.save(file, format="WEBP", save_all=True, append_images=[_Later(images, clip.frames - 1)],
-                   duration=_milliseconds(clip.frames, clip.frame_rate), loop=0, quality=quality,
+                   duration=_milliseconds(clip.frames, clip.frame_rate), loop=0, quality=webp_quality(quality),
                    lossless=quality == 100, method=EFFORT_OF_WEBP, exif=meta.exif(metadata))  # fmt: skip
     next(images, None)  # lets the source report its last picture
 

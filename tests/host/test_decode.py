@@ -234,9 +234,14 @@ def test_out_of_memory_in_the_middle_of_a_clip(svd: comfy.sd.VAE) -> None:
         handle.remove()
 
 
+def wide_clip(frames: int) -> Tensor:
+    """Latents wider than the largest tile."""
+    return nn.functional.interpolate(clip(frames, height=1, width=4), size=(2, 72), mode="bilinear")
+
+
 def test_tiles_have_no_seams(svd: comfy.sd.VAE) -> None:
     """A frame too large for the memory: no step at the edge of a tile, all frames of a tile agree."""
-    latent = nn.functional.interpolate(clip(2, height=1, width=4), size=(2, 72), mode="bilinear")
+    latent = wide_clip(2)
     plain = decoded(svd, latent)
     handle = out_of_memory(svd.first_stage_model.decoder.mid.attn_1, lambda x: x.shape[-1] > 64)
     try:
@@ -247,6 +252,62 @@ def test_tiles_have_no_seams(svd: comfy.sd.VAE) -> None:
     steps = [(part[:, :, 1:] - part[:, :, :-1]).abs().amax(dim=(0, 1, 3)) for part in (found, plain)]
     assert steps[0].max() < 1.1 * steps[1].max()
     assert (found - plain).abs().mean() < 0.06
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+def test_no_tiles_in_the_middle_of_a_clip(svd: comfy.sd.VAE, mode: str) -> None:
+    """Their brightness is another one, so that free memory would put a step into the clip."""
+    latent = wide_clip(SURVEYED + 1)
+    frames = ClipDecoder(svd, DecodeSettings(mode, 1)).frames(latent)
+    next(frames)
+    handle = out_of_memory(svd.first_stage_model.decoder.norm_out, lambda x: x.shape[-1] > 64 * 8)
+    try:
+        with pytest.raises(MemoryError, match="in the middle of the video.*The latents are kept"):
+            next(frames)
+    finally:
+        handle.remove()
+
+
+def test_all_clips_of_a_video_are_tiled_or_none(svd: comfy.sd.VAE) -> None:
+    latent, settings = wide_clip(4), DecodeSettings(EXACT, 1, clip_length=2)
+    decoder, attention = ClipDecoder(svd, settings), svd.first_stage_model.decoder.mid.attn_1
+    said: list[str] = []
+    decoder.page = SimpleNamespace(say=said.append)
+    handle = out_of_memory(attention, lambda x: x.shape[-1] > 64)
+    try:
+        tiled = torch.cat(list(decoder.frames(latent)))
+        assert [line for line in said if "tiles of 64 latent pixels, which changes brightness" in line] == said[1:]
+        frames = decoder.frames(latent)
+        begun = [next(frames), next(frames)]
+    finally:
+        handle.remove()
+    assert torch.equal(torch.cat([*begun, *frames]), tiled), "although memory is free again"
+    frames = decoder.frames(latent)
+    assert not torch.equal(torch.cat([next(frames), next(frames)]), tiled[:2])
+    handle = out_of_memory(attention, lambda x: x.shape[-1] > 64)
+    try:
+        with pytest.raises(MemoryError, match="in the middle of the video"):
+            next(frames)
+    finally:
+        handle.remove()
+
+
+def test_tiles_of_images_need_no_memory_for_the_clip() -> None:
+    """Frames of a VAE for images do not see each other, so each one is whole before the next one begins."""
+    vae, latent, calls = image_vae(), wide_clip(3), []
+    refuse = lambda x: x.shape[-1] > 64 or calls.append(1)  # noqa: E731
+    handle = out_of_memory(vae.first_stage_model.decoder.mid.attn_1, refuse)
+    try:
+        frames = ClipDecoder(vae, DecodeSettings(chunk=1)).frames(latent)
+        first = next(frames)
+        assert len(first) == 1 and len(calls) == 2, "two tiles of one frame"
+        found = torch.cat([first, *frames])
+        assert len(calls) == 2 * len(latent)
+        alone = [pixels for frame in latent.split(1) for pixels in ClipDecoder(vae).frames(frame)]
+    finally:
+        handle.remove()
+    assert torch.equal(found, torch.cat(alone))
+    assert 0 < (found - vae.decode(latent)).abs().mean() < 0.06
 
 
 def test_nothing_helps(svd: comfy.sd.VAE) -> None:

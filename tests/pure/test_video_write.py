@@ -50,16 +50,18 @@ def pictures_of(path: Path) -> torch.Tensor:
 @pytest.mark.parametrize("form", Format)
 def test_colour_bars_come_back(form: Format, tmp_path: Path) -> None:
     """A WebP joins frames that are alike, so that its own are marked."""
-    path = saved(
-        films.clip(marked=form is Format.WEBP),
-        tmp_path,
-        form,
-        quality=100 if form is Format.WEBP else formats.DEFAULT_QUALITY,
-    )
+    path = saved(films.clip(marked=form is Format.WEBP), tmp_path, form)
     found = pictures_of(path)
     assert found.shape == (6, 48, 192, 3)
-    assert films.bars_error(found) <= (0 if form in (Format.PNG, Format.WEBP) else 2)
+    assert films.bars_error(found) <= (0 if form is Format.PNG else 2)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_webp_of_the_highest_quality_is_lossless(tmp_path: Path) -> None:
+    clip = films.clip(marked=True)
+    assert torch.equal(pictures_of(saved(clip, tmp_path, Format.WEBP, quality=100)), collect_pictures(clip))
+    scale = [formats.webp_quality(quality) for quality in range(101)]
+    assert scale == sorted(scale) and (scale[0], scale[DEFAULT], scale[100]) == (0, 96, 100)
 
 
 @pytest.mark.parametrize("form", FILMS)
@@ -82,7 +84,7 @@ def test_odd_sizes(form: Format, tmp_path: Path) -> None:
     """h264 gets one row and one column more, copies of the last; every other format the size itself."""
     found = pictures_of(saved(films.clip(frames=2, height=49, spare=1), tmp_path, form, quality=90))
     assert found.shape[1:3] == ((50, 194) if form is Format.MP4 else (49, 193))
-    assert films.bars_error(found) <= (8 if form is Format.WEBP else 3)
+    assert films.bars_error(found) <= 3
 
 
 def test_higher_quality_is_nearer_and_larger(tmp_path: Path) -> None:
