@@ -225,9 +225,18 @@ def _path_of(name: str) -> Path:
 
 
 def load_video(
-    file: str, *, frame_rate: float, skip_frames: int, every_nth: int, frame_cap: int, width: int, height: int, fit: str
+    file: str | Path,
+    *,
+    frame_rate: float,
+    skip_frames: int,
+    every_nth: int,
+    frame_cap: int,
+    width: int,
+    height: int,
+    fit: str,
 ) -> StreamedVideo:
-    """A file of the input folder as a VIDEO that decodes when it is used. Raises VideoError."""
+    """A file of the input folder, or at a path, as a VIDEO that decodes when it is used. Raises VideoError."""
     rate = Fraction(frame_rate).limit_denominator(1001)
     selection = Selection(rate, skip_frames, every_nth, frame_cap)
-    return StreamedVideo(read_clip(_path_of(file), file, selection, Frame(height, width, Fit(fit))))
+    path, name = (file, file.name) if isinstance(file, Path) else (_path_of(file), file)
+    return StreamedVideo(read_clip(path, name, selection, Frame(height, width, Fit(fit))))

@@ -68,7 +68,7 @@ def _video_of(file: files.TrainingFile) -> Made:
     path = file.beside(name)
     if not path.is_file() and (not name or known_video(name) is not True):
         raise ValueError(f"{file.path.name}: video_file in [data] is {name!r}, and there is no file {path}.")
-    data = filled(LoadVideo, file, "data", video_file=str(path) if path.is_file() else name)
+    data = filled(LoadVideo, file, "data", video_file=path if path.is_file() else name)
     return {"video": lambda: LoadVideo.execute(**data).args[0]}
 
 

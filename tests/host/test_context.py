@@ -241,7 +241,9 @@ def test_five_dimensional_latents_are_cut_along_time() -> None:
 class PassingModel:
     """As much of a video model as the host's batching of conditionings asks for; it predicts what `c_concat` holds."""
 
-    current_patcher = SimpleNamespace(prepare_state=lambda *args: None, apply_hooks=lambda **hooks: {})
+    current_patcher = SimpleNamespace(
+        prepare_state=lambda *args: None, apply_hooks=lambda **hooks: {}, get_free_memory=lambda device: 2**33
+    )
 
     def memory_required(self, *args, **kwargs) -> int:
         return 0
