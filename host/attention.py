@@ -20,6 +20,7 @@ from ..motion_modules.tune_a_video.attention import Reach, attend
 from .bounds import Bounds
 from .inflate import KEY as MOTION
 from .inflate import publish_clip, publish_window, window_indices
+from .memory import windows_in
 from .preview import show_previews
 from .unet import inflated, joint_norms
 
@@ -149,7 +150,7 @@ def clip_frames(base: Any, x: Tensor, options: dict, own: int = 0) -> int:
     if images == 0:
         raise ClipError(NO_FRAMES)
     if window_indices(options) is not None:
-        return images
+        return images // windows_in(options)
     patcher = getattr(base, "current_patcher", None)
     told = patcher.get_attachment(MOTION) if patcher is not None else None
     others = own if told is None else told["frames"]

@@ -66,17 +66,19 @@ class Bounds:
         **kwargs: Any,
     ) -> Any:
         """CALC_COND_BATCH: the host puts conditionings into one batch where ours fit, too; apart after running out."""
-        run = model_options.get("transformer_options", {}).get(memory.RUN) or memory.MemoryRun()
+        told = model_options.get("transformer_options", {})
+        run, windows = told.get(memory.RUN) or memory.MemoryRun(), memory.windows_in(told)
         options = _with_run(model_options, run)
 
         def need(shape: list[int], slab: int) -> int:
-            return self.footprint(model, shape, slab, x.shape[0]).peak
+            return self.footprint(model, shape, slab, x.shape[0] // windows).peak
 
         def call() -> Any:
             with memory.counted(model, need, run, x.device):
                 return executor(model, conds, x, timestep, options, *args, **kwargs)
 
-        return memory.with_less(call, run.split_conditionings, run, x.device)
+        lessen = run.split_conditionings if windows == 1 else lambda: None  # fewer windows come before
+        return memory.with_less(call, lessen, run, x.device)
 
     def footprint(self, base: Any, shape: Sequence[int], slab: int, frames: int = 0) -> Footprint:
         """Estimate one UNet call. shape: (images, c, h, w). frames: of a clip, where the settings leave it open."""

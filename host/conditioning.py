@@ -30,7 +30,7 @@ class ControlSlices:
 
     def cut(self, control: Any, indices: list[int]) -> Any:
         """A control with only the hints of these frames; the chain behind it is cut the same way."""
-        if control is None or not type(control).__module__.startswith("comfy."):
+        if control is None or is_foreign(control):
             return control
         window = tuple(indices)
         if window != self._window:
@@ -57,6 +57,21 @@ class ControlSlices:
         part.extra_concat = None
         part.previous_controlnet = self.cut(control.previous_controlnet, indices)
         return part
+
+
+def is_foreign(control: Any) -> bool:
+    """Whether a ControlNet is another pack's."""
+    return not type(control).__module__.startswith("comfy.")
+
+
+def has_foreign_control(conds: list[dict] | None) -> bool:
+    controls = [cond["control"] for cond in conds or () if cond.get("control") is not None]
+    while controls:
+        control = controls.pop()
+        if is_foreign(control):
+            return True
+        controls += [behind for behind in (control.previous_controlnet,) if behind is not None]
+    return False
 
 
 def _hints(control: ControlBase) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -16,9 +17,9 @@ from torch import Tensor
 
 from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
-from ..sampling.windows import WindowPlan
-from .conditioning import ControlSlices, cut_conds
-from .memory import run_of
+from ..sampling.windows import Window, WindowPlan
+from .conditioning import ControlSlices, cut_conds, has_foreign_control
+from .memory import run_of, with_less
 from .preview import Page, show_previews, watching_page
 
 KEY = "latentmotion_context"
@@ -34,15 +35,19 @@ def frame_axis(x: Tensor | tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class ContextWindow:
-    """Frames of one call, as the host and neighbouring packs read them from `context_window`."""
+    """Frames of one call, as the host and neighbouring packs read them from `context_window`.
+
+    windows: how many windows of equal length they are, one after the other.
+    """
 
     index_list: list[int]
     dim: int
     total_frames: int
+    windows: int = 1
 
     @property
     def context_length(self) -> int:
-        return len(self.index_list)
+        return len(self.index_list) // self.windows
 
     def get_tensor(
         self, full: Tensor, device: Any = None, dim: int | None = None, retain_index_list: Any = ()
@@ -101,25 +106,61 @@ class SlidingContext(ContextHandlerABC):
         self, calc_cond_batch: Callable, model: Any, conds: list, x_in: Tensor, timestep: Tensor, model_options: dict
     ) -> list[Tensor]:
         """Predictions for the whole clip, one tensor for each of `conds`."""
-        axis = frame_axis(x_in)
-        frames = x_in.shape[axis]
         options = model_options.get("transformer_options", {})
-        run = options.get(RUN) or ContextRun()
+        run, memory = options.get(RUN) or ContextRun(), run_of(options)
+        evaluation = Evaluation(calc_cond_batch, model, conds, x_in, timestep, model_options, run)
+        axis = evaluation.axis
         step = step_of(timestep, options.get("sample_sigmas"))
-        windows = self.plan.windows(frames, step)
+        windows = self.plan.windows(x_in.shape[axis], step)
         fusions = [Fusion(x_in, axis, self.fuse, self.plan.overlap, self.plan.loops) for _ in conds]
-        for number, indices in enumerate(windows):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            run.tell(step, number, len(windows), run_of(options).words)
-            window = ContextWindow(indices, axis, frames)
-            parts = [cut_conds(cond, x_in, window, run.controls, model) for cond in conds]
-            times = timestep if timestep.shape[0] == 1 or axis else window.get_tensor(timestep)
-            inner = {**model_options, "transformer_options": {**options, "context_window": window}}
-            x = window.get_tensor(x_in)
-            predicted = calc_cond_batch(model, parts, x, times.expand(x.shape[0]), inner)
+        done = 0
+        while done < len(windows):
+            run.tell(step, done, len(windows), memory.words)
+            rest = partial(evaluation.some, windows[done:])
+            group, predicted = with_less(rest, memory.halve_windows, memory, x_in.device)
             for fusion, value in zip(fusions, predicted, strict=True):
-                fusion.add(indices, value)
+                for window, part in zip(group, value.split(len(group[0]), axis), strict=True):
+                    fusion.add(window, part)
+            done += len(group)
         return [fusion.mean() for fusion in fusions]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """One evaluation of a model on a long clip, as the host asks for it; see SlidingContext.execute."""
+
+    calc_cond_batch: Callable
+    model: Any
+    conds: list
+    x: Tensor
+    timestep: Tensor
+    model_options: dict
+    run: ContextRun
+
+    @property
+    def axis(self) -> int:
+        return frame_axis(self.x)
+
+    @property
+    def together(self) -> int:
+        """Windows that may go into one call. Frames on the batch axis can be of several, and ControlNets of other
+        packs take the frames of a call for one clip."""
+        options = self.model_options.get("transformer_options", {})
+        return 1 if self.axis or any(has_foreign_control(cond) for cond in self.conds) else run_of(options).windows
+
+    def some(self, windows: list[Window]) -> tuple[list[Window], list[Tensor]]:
+        """The first of these windows, as many of equal length as fit into a call, and the predictions for them."""
+        group = [window for window in windows[: self.together] if len(window) == len(windows[0])]
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        frames = [index for window in group for index in window]
+        window = ContextWindow(frames, self.axis, self.x.shape[self.axis], len(group))
+        parts = [cut_conds(cond, self.x, window, self.run.controls, self.model) for cond in self.conds]
+        single = self.timestep.shape[0] == 1 or self.axis
+        times = self.timestep if single else window.get_tensor(self.timestep)
+        options = {**self.model_options.get("transformer_options", {}), "context_window": window}
+        x = window.get_tensor(self.x)
+        inner = {**self.model_options, "transformer_options": options}
+        return group, self.calc_cond_batch(self.model, parts, x, times.expand(x.shape[0]), inner)
 
 
 def step_of(timestep: Tensor, sigmas: Tensor | None) -> int:

@@ -116,8 +116,8 @@ def publish_window(executor: Callable, model: Any, conds: Any, x: Tensor, timest
     options = model_options.get("transformer_options", {})
     indices = window_indices(options)
     if indices is not None:
-        params = {"full_length": x.shape[0], **options.get("ad_params", {}), "context_length": len(indices),
-                  "sub_idxs": indices}
+        params = {"full_length": x.shape[0], **options.get("ad_params", {}), "sub_idxs": indices,
+                  "context_length": len(indices) // memory.windows_in(options)}
         model_options = _with(model_options, {"ad_params": params})
     return executor(model, conds, x, timestep, model_options, *args, **kw)
 
@@ -167,7 +167,7 @@ class Inflation:
                 return executor(x, t, c_concat, c_crossattn, hints, {**options, CALLS: fitting}, **kwargs)
 
         def lessen() -> str | None:
-            together = not run.apart and len(options.get("cond_or_uncond", ())) > 1
+            together = not run.apart and len(options.get("cond_or_uncond", ())) > 1 or memory.windows_in(options) > 1
             return None if together else run.halve_slab(x.device)  # a wrapper further out takes them apart
 
         return memory.with_less(denoise, lessen, run, x.device)
@@ -198,11 +198,11 @@ def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
     settings, spec = motion.settings, motion.module.spec
     images = x.shape[0] // max(1, len(options.get("cond_or_uncond", (0,))))
     indices = window_indices(options)
-    frames = settings.frames if settings.frames and indices is None else images
+    frames = settings.frames if settings.frames and indices is None else images // memory.windows_in(options)
     extra = len(_anchor(options["context_window"])) if indices is not None else 0
     _check_frames(frames, images, motion, indices is not None, extra)
     indices = indices if indices is not None else list(range(frames))
-    clips = x.shape[0] // frames
+    clips = x.shape[0] // len(indices)
     return MotionCall(
         frames=frames,
         positions=_positions(frames, spec.positions, extra).to(x.device),

@@ -16,6 +16,8 @@ from ..motion_modules.call import SLAB_BYTES_CPU, SLAB_BYTES_GPU
 
 RUN = "latentmotion_memory"  # in transformer_options: the MemoryRun of this sampling run
 LEAST_SLAB = 2**20
+MOST_WINDOWS = 8
+BUSY_PIXELS = 2**17  # latent pixels in a call that keep a GPU busy: two prompts of 16 frames of 512x512
 RESERVE = 128 * 2**20  # kept free beside what the host reserves by itself
 OUT_OF_MEMORY = ("DefaultCPUAllocator: ", "MPS backend out of memory")  # RuntimeErrors of torch that say so
 MIB = 2**20
@@ -43,12 +45,13 @@ class MemoryRun:
     """What a sampling run has learnt about memory; it lasts as long as the run.
 
     slab: ceiling on one temporary in bytes, 0 for the device's own. apart: one conditioning per call of the UNet.
-    shape: of one conditioning's share of a call, as the host asked for its memory. needed: bytes such a call takes, as
-    estimated. told: the user knows.
+    windows: of a long clip, in one call. shape: of one conditioning's share of a call with one window, as the host
+    asked for its memory. needed: bytes such a call takes, as estimated. told: the user knows.
     """
 
     slab: int = 0
     apart: bool = False
+    windows: int = 1
     told: bool = False
     shape: list[int] = field(default_factory=list)
     needed: int = 0
@@ -66,6 +69,13 @@ class MemoryRun:
             return None
         self.apart = True
         return "the positive and the negative prompt one after the other"
+
+    def halve_windows(self) -> str | None:
+        """Take half as many windows at once from now on; None where they are taken one by one already."""
+        if self.windows == 1:
+            return None
+        self.windows //= 2
+        return f"{self.windows} window{'s' * (self.windows > 1)} at once"
 
     def halve_slab(self, device: torch.device) -> str | None:
         """Halve the pieces that motion modules work in; None where they are as small as they get."""
@@ -86,6 +96,11 @@ class MemoryRun:
             log.warning("Out of memory while sampling. The call is repeated with %s, and again with less where that "
                         "is not enough; the clip stays the same, it takes a little longer.", how)  # fmt: skip
         self.told = True
+
+
+def windows_in(transformer_options: dict) -> int:
+    """Windows of a long clip in one call. Where memory runs out, whoever put several together takes fewer."""
+    return getattr(transformer_options.get("context_window"), "windows", 1)
 
 
 def run_of(transformer_options: dict) -> MemoryRun:
@@ -159,8 +174,15 @@ def plan(run: MemoryRun, need: Callable[[list[int], int], int], device: torch.de
     free, reserve = _free(device)
     while need(run.shape, run.slab_on(device)) > free - reserve and run.slab_on(device) >= 2 * LEAST_SLAB:
         run.slab = run.slab_on(device) // 2
-    frames, _, height, width = run.shape
+    frames, channels, height, width = run.shape
     run.needed = need(run.shape, run.slab_on(device))
+    run.windows = 1
+    while device.type != "cpu" and run.windows < MOST_WINDOWS:
+        images = 4 * run.windows * frames  # twice as many windows, of two prompts
+        needed = need([images, channels, height, width], run.slab_on(device))
+        if images * height * width > BUSY_PIXELS or needed > free - reserve:
+            break
+        run.windows *= 2
     log.info("Memory: one UNet call on %d frames of %dx%d latents needs about %d MiB for each prompt, with motion "
              "modules in pieces of %d MiB; %d MiB are free, of which %d stay in reserve.", frames, height, width,
              math.ceil(run.needed / MIB), run.slab_on(device) // MIB, free // MIB, reserve // MIB)  # fmt: skip
