@@ -9,7 +9,6 @@ from typing import Any
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..host.inflate import Motion, MotionSettings
@@ -20,7 +19,7 @@ from ..host.unet import host_affine
 from ..training.clips import Clips
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Recipe, fit
-from ..training.lora import LowRankSet
+from ..training.lora import LowRankSet, attention_layers
 from .motion import image_model, motion_module
 from .side_by_side import in_turn, median_ratio, peak_bytes
 
@@ -56,7 +55,7 @@ def step_calls(model: ModelPatcher, module: MotionModule, frames: int, size: int
         clips = Clips((latents,), ("",), frames, drop=0.0)
         open_clips = Clips((latents.clone().requires_grad_(),), ("",), frames, drop=0.0)
         conditions = Conditions(model, {"": [[torch.randn(1, 77, width), {}]]}, clips)
-        names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
+        names = attention_layers(network, ())
         changes, motion = LowRankSet(network, names, rank), Motion(module, MotionSettings())
         call = motion_call(model, frames, host_affine)
 

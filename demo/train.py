@@ -25,11 +25,12 @@ import torch
 from torch import nn
 
 from ..host import demo_models
+from ..motion_modules.animatediff.lora import published_key
 from ..motion_modules.animatediff.network import MotionModel, sinusoid
 from ..training.attention import over_frames
 from ..training.checkpoint import load_weights, save_weights
 from ..training.loop import Recipe, fit
-from ..training.lora import LowRankSet
+from ..training.lora import LowRankSet, attention_layers
 from ..training.precision import fast_dtype, planar_norms
 from . import autoencoder, config, control, decoder, image, motion
 from .captions import DIRECTIONS, sentences
@@ -216,7 +217,7 @@ class Studio:
         if adapter:
             changes = load_weights(adapter)
             for published, layer in demo_models.adapter_layers().items():
-                key = lora_key(published)
+                key = published_key(published)
                 weights[f"{layer}.weight"] += changes[f"{key}.up.weight"] @ changes[f"{key}.down.weight"]
         unet.load_state_dict(weights)
         return cls(unet, encoder, vocabulary)
@@ -232,15 +233,11 @@ class Studio:
         return motion.clip_loss(*parts, samples, recipe, shop.device, schedule, options)
 
 
-def lora_key(layer: str) -> str:
-    """AnimateDiff's published key of a low-rank change to an attention projection, without `.down.weight`."""
-    return layer.removesuffix(".0").replace(".to_", ".processor.to_") + "_lora"
-
-
 def _save_changes(path: Path, changes: LowRankSet, weights: dict, published: list[str], recipe: dict) -> None:
     pairs = {}
     for name, (_, down, up) in zip(published, changes.pairs(weights), strict=True):
-        pairs[f"{lora_key(name)}.down.weight"], pairs[f"{lora_key(name)}.up.weight"] = down, up
+        key = published_key(name)
+        pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up
     save_weights(path, pairs, recipe)
 
 
@@ -326,7 +323,7 @@ def _train_zoom(recipe: Recipe, order: Order, file: str, shop: Workshop) -> None
     studio = Studio.read(shop.out, shop.out / config.ADAPTER_FILE).freeze(shop)
     module = read_motion(shop.out)
     shop.place(module).requires_grad_(False)
-    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
+    layers = attention_layers(module, ())
     changes = LowRankSet(module, layers, config.MOTION_LORA_RANK)
     samples = shop.samples(order)
     with (

@@ -74,7 +74,7 @@ def train_domain_adapter(
     dataset = dataset_of(clips, captions, 1 if isinstance(clips, Tensor) else 0)
     cuts, contexts = prepare(model, clip, vae, dataset, how)
     model, unet = model.clone(), model.model.diffusion_model
-    layers = attention_layers(model)
+    layers = published_layers(model)
 
     @contextmanager
     def begin() -> Iterator[Learner]:
@@ -87,7 +87,7 @@ def train_domain_adapter(
     return comfy.sd.load_lora_for_models(model, None, read_weights(how.path), 1.0, 0.0)[0]
 
 
-def attention_layers(model: ModelPatcher) -> dict[str, str]:
+def published_layers(model: ModelPatcher) -> dict[str, str]:
     """The UNet's attention projections: the host's name to the published one (diffusers' layout), without `.weight`."""
     theirs = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     ends = tuple(f".{kind}.to_{part}.weight" for kind in ("attn1", "attn2") for part in ("q", "k", "v", "out.0"))
