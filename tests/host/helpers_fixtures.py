@@ -28,6 +28,17 @@ def pair(_session_pair: Pair) -> Iterator[Pair]:
 
 
 @pytest.fixture
+def image(pair: Pair) -> ModelPatcher:
+    """The image model of the pair. Files that need models of their own have fixtures of the same name."""
+    return pair.plain
+
+
+@pytest.fixture
+def module(pair: Pair) -> MotionModule:
+    return pair.module
+
+
+@pytest.fixture
 def fragile_pair(pair: Pair) -> Iterator[Pair]:
     """The same for tests that end in an error: afterwards the image model draws what it drew, too."""
     yield pair

@@ -16,7 +16,7 @@ import reference_motion as reference
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
-from helpers_motion import Pair, inflate, motion_module
+from helpers_motion import inflate, motion_module
 from helpers_restored import Watch
 from latentmotion.host.motion import MotionModule
 from latentmotion.motion_modules.animatediff.spec import (
@@ -35,16 +35,6 @@ from motion_runs import SAME, Run, apply, draw, error, noise
 from torch import Tensor
 
 pytest_plugins = ["helpers_fixtures"]
-
-
-@pytest.fixture
-def image(pair: Pair) -> ModelPatcher:
-    return pair.plain
-
-
-@pytest.fixture
-def module(pair: Pair) -> MotionModule:
-    return pair.module
 
 
 # --- noise schedules ---------------------------------------------------------------------------------------------

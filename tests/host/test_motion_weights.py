@@ -12,7 +12,7 @@ import pytest
 import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
-from helpers_motion import Pair, motion_module
+from helpers_motion import motion_module
 from helpers_restored import Watch
 from latentmotion.host.motion import MotionModule, manage
 from latentmotion.motion_modules.animatediff.checkpoint import MotionFile
@@ -22,16 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 pytest_plugins = ["helpers_fixtures"]
-
-
-@pytest.fixture
-def image(pair: Pair) -> ModelPatcher:
-    return pair.plain
-
-
-@pytest.fixture
-def module(pair: Pair) -> MotionModule:
-    return pair.module
 
 
 # --- MotionLoRA --------------------------------------------------------------------------------------------------
