@@ -34,13 +34,7 @@ class STAttention(io.ComfyNode):
                     tooltip="Takes the norms of the residual layers over all frames of a clip, as Tune-A-Video. Off "
                     "leaves them per frame; switch it off with motion modules that were trained so.",
                 ),
-                io.Int.Input(
-                    "frames",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Frames per clip. 0: what Apply Motion Module says, or the whole batch is one clip.",
-                ),
+                _frames_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Samples clips. Goes to any sampler.")],
         )
@@ -48,6 +42,16 @@ class STAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model: io.Model.Type, **settings: object) -> io.NodeOutput:
         return io.NodeOutput(attention.apply_frame_attention(model, options.frame_attention(**settings)))
+
+
+def _frames_input() -> io.Input:
+    return io.Int.Input(
+        "frames",
+        default=0,
+        min=0,
+        max=4096,
+        tooltip="Frames per clip. 0: what Apply Motion Module says, or the whole batch is one clip.",
+    )
 
 
 class LoadTunedVideoModel(io.ComfyNode):
@@ -74,13 +78,7 @@ class LoadTunedVideoModel(io.ComfyNode):
                     step=0.05,
                     tooltip="Share of what was tuned: 1 as tuned, 0 leaves ST-Attention on the untuned model.",
                 ),
-                io.Int.Input(
-                    "frames",
-                    default=0,
-                    min=0,
-                    max=4096,
-                    tooltip="Frames per clip. 0: what Apply Motion Module says, or the whole batch is one clip.",
-                ),
+                _frames_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Samples clips. Goes to any sampler.")],
         )
