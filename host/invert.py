@@ -21,6 +21,7 @@ from tqdm.auto import trange
 
 from ..motion_modules.errors import ClipError, ModelMismatchError, check_choice
 from ..sampling.inversion import Ascent, Convention, Trajectory, climb, plan_ascent, relative_rmse
+from ..sampling.noise import mark_whole
 from .reuse import KEY as REUSE
 from .schedule import noise_scale, prediction_of
 
@@ -80,13 +81,14 @@ class InvertedNoise:
         self._scale = noise_scale(model.get_model_object("model_sampling"), sigmas.cpu())
 
     def generate_noise(self, input_latent: dict) -> Tensor:
-        """Shapes: as the latent's samples. Raises ClipError for a latent of another size."""
+        """Shapes: as the latent's samples. No node arranges it. Raises ClipError for a latent of another size."""
         samples = input_latent["samples"].to(self._top)
         if samples.shape != self._top.shape:
             found, wanted = ("x".join(map(str, x.shape)) for x in (samples, self._top))
             raise ClipError(f"The latent at the sampler is {found} and the inverted clip {wanted} (frames, channels, "
                             "height, width). Connect the latent that went into DDIM Inversion.")  # fmt: skip
-        return (self._top - (self._prepare(samples) if samples.any() else samples)) / self._scale
+        below = self._prepare(samples) if samples.any() else samples
+        return mark_whole((self._top - below) / self._scale)
 
 
 def read_inversion(

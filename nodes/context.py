@@ -86,9 +86,10 @@ def _blend_inputs() -> list[io.Input]:
         io.Combo.Input(
             "noise",
             options=options.NOISE_KINDS,
-            default=options.NOISE_KINDS[0],
-            tooltip="Starting noise of later windows. independent: as it comes, as inverted noise needs it. FreeNoise "
-            "shuffle: the first window's in another order, best for clips from nothing. repeated: the same again.",
+            default=options.NOISE_KINDS[1],
+            tooltip="Starting noise of later windows. FreeNoise shuffle: the first window's in another order, so that "
+            "windows agree on what stands where. independent: as it comes. repeated: the first window's again. Noise "
+            "of DDIM Inversion always stays as it is.",
         ),
     ]
 

@@ -16,16 +16,27 @@ class NoiseKind(str, Enum):
     REPEATED = "repeated"
 
 
+def mark_whole(noise: Tensor) -> Tensor:
+    """Mark noise that was found for a whole clip, frame by frame; it is nobody's to arrange. Returns the same tensor."""
+    noise.latentmotion_whole = True
+    return noise
+
+
+def is_whole(noise: Tensor) -> bool:
+    return getattr(noise, "latentmotion_whole", False)
+
+
 def arrange_noise(noise: Tensor, kind: NoiseKind, length: int, overlap: int, axis: int, seed: int) -> Tensor:
     """Make later frames reuse the noise of the first window, so that windows agree more.
 
-    Shapes: noise has its frames on `axis`; the result has the same shape and shares no memory with it.
+    Shapes: noise has its frames on `axis`; the result has the same shape and shares no memory with it. Noise that is
+    marked as whole stays as it is.
     Source of the shuffle: Qiu et al., FreeNoise, arXiv 2310.15169, section 3.2: each further piece of
     `length - overlap` frames is a random permutation of the piece one window earlier.
     """
+    frames, hop, whole = noise.shape[axis], length - overlap, is_whole(noise)
     noise = noise.clone()
-    frames, hop = noise.shape[axis], length - overlap
-    if kind is NoiseKind.INDEPENDENT or frames <= length:
+    if kind is NoiseKind.INDEPENDENT or frames <= length or whole:
         return noise
     generator = torch.Generator().manual_seed(seed)
     for start in range(length, frames, hop):

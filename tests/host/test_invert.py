@@ -21,6 +21,7 @@ from latentmotion.host.invert import Inversion, Inverted, invert_clip
 from latentmotion.host.reuse import apply_reuse
 from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
 from latentmotion.sampling.inversion import Convention, Prediction, invert, plan_ascent
+from latentmotion.sampling.noise import NoiseKind
 from latentmotion.sampling.reuse import Reuse
 from latentmotion.sampling.windows import WindowPlan
 from test_bad_settings import windows
@@ -133,10 +134,13 @@ def test_stock_samplers_come_back_to_the_clip(pair: Pair, run_node: Callable) ->
     assert found.error == pytest.approx(difference, rel=1e-4) and 0.001 < found.error < 0.2
 
 
+@pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize("scheduler", ["ddim_uniform", "karras"])
-def test_the_noise_starts_a_sampler_at_the_inverted_clip(scheduler: str, pair: Pair) -> None:
-    """Where the host scales noise for the highest level (karras) and where it does not."""
+def test_the_noise_starts_a_sampler_at_the_inverted_clip(scheduler: str, windowed: bool, pair: Pair) -> None:
+    """Where the host scales noise for the highest level (karras) and where it does not; no window arranges it."""
     model, latent = formula(pair.plain), clip()
+    if windowed:
+        model = apply_context(model, SlidingContext(WindowPlan(length=2, overlap=1), noise=NoiseKind.SHUFFLED))
     found = up(model, latent, scheduler=scheduler, check=False)
     sampling, seen = model.get_model_object("model_sampling"), []
     guider = comfy.samplers.CFGGuider(model)
