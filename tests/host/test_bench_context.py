@@ -26,7 +26,8 @@ def test_jump_at_a_border_is_compared_with_the_rest(places: list[float], ratio: 
     words = sentences("test", True)[0]
     made = [(words, moving(places, words))]
     assert seam_ratio(made[0][1], {3}) == pytest.approx(ratio)
-    assert judge(made, {3}) == {"caption_right": 1.0, "seam_ratio": pytest.approx(ratio)}
+    expected = {"caption_right": 1.0, "seam_ratio": pytest.approx(ratio), "within_bar": float(ratio <= 1.5)}
+    assert judge(made, {3}) == expected
 
 
 def test_a_lost_shape_is_a_jump_and_no_right_frame() -> None:
