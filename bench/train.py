@@ -38,7 +38,7 @@ from ..training.dataset import Dataset
 from .camera import CAMERAS, Camera, Clip, stills
 from .side_by_side import device_name, report
 from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
-from .train_step import step_figures
+from .train_step import estimate_errors, step_figures
 
 REFERENCES = 24
 RECIPE = {
@@ -187,6 +187,8 @@ def cancelled_at(step: int, steps: int) -> Iterator[None]:
 def measure(room: Room | None, name: str, args: Any) -> dict[str, float]:
     if name == "step":
         return step_figures(args.size, args.frames, args.rank, args.rounds)
+    if name == "estimate":
+        return {"train.estimate_error_max": max(map(abs, estimate_errors().values()))}
     if name == "both":
         return measure_both(room)
     return measure_resume(room) if name == "resume" else measure_motion(room, name)
@@ -233,7 +235,7 @@ def files_in(folder: Path | None) -> Iterator[None]:
 
 
 def main(argv: list[str]) -> int:
-    sections = [*CAMERAS, "both", "resume", "step"]
+    sections = [*CAMERAS, "both", "resume", "step", "estimate"]
     parser = argparse.ArgumentParser(prog="bench train", description=__doc__)
     parser.add_argument("--clips", type=int, default=20, help="seeds and captions a figure of a motion is taken over")
     parser.add_argument("--only", nargs="*", choices=sections, default=sections, help="measure only these")
@@ -248,7 +250,7 @@ def main(argv: list[str]) -> int:
     print(f"{args.clips} unseen captions and seeds, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
     figures: dict[str, float] = {}
     with torch.inference_mode(), files_in(args.out), told_now_and_then():
-        room = Room(Bench.open(args.weights), args.clips) if set(args.only) - {"step"} else None
+        room = Room(Bench.open(args.weights), args.clips) if set(args.only) - {"step", "estimate"} else None
         for name in args.only:
             start, found = time.monotonic(), measure(room, name, args)
             figures |= found

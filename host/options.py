@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 from ..motion_modules.animatediff.spec import Schedule
 from ..motion_modules.errors import CheckpointError, check_choice
 from ..motion_modules.tune_a_video.attention import Reach
+from ..motion_modules.tune_a_video.checkpoint import QUERIES
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
 from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
-from ..training.loop import Recipe
+from ..training.recipe import Recipe
 from . import paths
 
 if TYPE_CHECKING:
@@ -189,18 +190,20 @@ def lora_training(
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
     from .train import LoraTraining
 
-    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, **_batches(run))
+    trains = tuple(layers.replace(",", " ").split()) or (".to_",)
+    recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, trains=trains,
+                          **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
-    parts = tuple(layers.replace(",", " ").split())
-    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, layers=parts, **clips, **_running(**run))
+    return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
 
 
 def adapter_training(*, file_name: str, rank: int, steps: int, learning_rate: float, **run: Any) -> LoraTraining:
     """Translate the widgets of Train Domain Adapter. Raises ValueError for values that cannot be used."""
     from .train import LoraTraining
 
-    recipe = _lora_recipe("domain adapter", steps, learning_rate, **_batches(run))
+    trains = ("attn1.to_", "attn2.to_")
+    recipe = _lora_recipe("domain adapter", steps, learning_rate, trains=trains, **_batches(run))
     path = paths.new_file("loras", file_name)
     return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=rank, **_running(**run))
 
@@ -225,7 +228,7 @@ def module_training(
 
     check_choice("layout", layout, LAYOUTS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
-                    beta2=0.999, ceiling=high_noise_weight, **_batches(run))  # fmt: skip
+                    beta2=0.999, ceiling=high_noise_weight, trains=("motion_modules.",), **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     how = _running(**run) | {"save_every_s": MODULE_STATE_S}
@@ -264,7 +267,7 @@ def tuning(
     from .tune import Tuning
 
     recipe = Recipe("Tune-A-Video", steps, 1, learning_rate, warmup=0, final_rate=1.0, average=0.0, seed=seed,
-                    beta2=0.999)  # fmt: skip
+                    beta2=0.999, trains=(*QUERIES, "attn_temp"))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     return Tuning(path=path, recipe=recipe, frames=frames, stride=stride, base_name=base_name, **_running(**run))
 

@@ -5,50 +5,47 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.model_sampling
-import comfy.sampler_helpers
-import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..media.clip import Clip
-from ..motion_modules.animatediff.lora import published_key, read_motion_lora
+from ..motion_modules.animatediff.lora import read_motion_lora
 from ..motion_modules.animatediff.spec import JointNorms, MotionSpec
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ModelMismatchError, TrainingError
 from ..motion_modules.files import read_weights
 from ..motion_modules.norm import Affine
 from ..training.attention import attention, over_frames
-from ..training.checkpoint import read_recipe, save_weights
-from ..training.clips import EMPTY, Clips, stratified
+from ..training.checkpoint import load_state, read_recipe, save_weights
+from ..training.clips import EMPTY, Clips
 from ..training.dataset import Dataset
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
-from ..training.loop import Recipe, Stopped, fit
-from ..training.lora import LowRankSet, attention_layers
+from ..training.loop import Stopped, fit
+from ..training.lora import LowRankSet, attention_layers, published_pairs
+from ..training.recipe import Recipe
 from .dataset import Shelf, as_latents, dataset_of
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, check_teachable, patch_motion_lora
 from .progress import Report, TrainingProgress
 from .samples import Samples
 from .schedule import set_schedule
+from .train_loss import Conditions, loss_scale, noise_loss, precision_of, working_type
 from .training_layers import heavy_layers, layers_of
 from .unet import CALLS, MotionSlot, check_fit, host_affine, inflated, joint_norms
 
 ENCODED_AT_ONCE = 8
-LOSS_SCALE = 4096.0  # the gradient of a mean over a whole clip is below what float16 can hold
 log = logging.getLogger(__name__)
 
 
@@ -89,18 +86,17 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraTraining(Training):
-    """What a low-rank change is trained by. alpha: it counts alpha / rank. layers: parts of names, none for all."""
+    """What a low-rank change is trained by. alpha: it counts alpha / rank."""
 
     rank: int
     alpha: float
-    layers: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         return self.alpha / self.rank
 
     def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "alpha": self.alpha} | ({"layers": self.layers} if self.layers else {})
+        return {"rank": self.rank, "alpha": self.alpha}
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +138,7 @@ def train_motion_lora(
     if module.spec.variant.schedule is not None:
         set_schedule(model, module.spec.variant.schedule)
     network = module.patcher.model
-    names = attention_layers(network, how.layers)
+    names = attention_layers(network, how.recipe.trains)
 
     @contextmanager
     def begin() -> Iterator[Learner]:
@@ -177,16 +173,6 @@ def lora_size(network: nn.Module, names: list[str], rank: int) -> int:
     return rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def published_pairs(changes: LowRankSet, scale: float, weights: dict[str, Tensor],
-                    names: dict[str, str] | None = None) -> dict[str, Tensor]:  # fmt: skip
-    """The changes under the authors' keys, the scale multiplied in. names: published names of the layers."""
-    pairs = {}
-    for layer, down, up in changes.pairs(weights):
-        key = published_key(names[layer] if names else layer)
-        pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up * scale
-    return pairs
-
-
 def prepare(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: Training) -> tuple[Clips, dict[str, list]]:
     """The clips as latents, and the captions (and the empty one) as CONDITIONING; every one of them once."""
     network = getattr(vae, "first_stage_model", None)
@@ -214,7 +200,8 @@ def encode_texts(clip: Any, texts: list[str]) -> dict[str, list]:
 def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Training) -> None:
     """Train, and write the file; nothing is done where it is there already. Raises TrainingError."""
     images, item = how.recipe.batch * clips.frames, working_type(model.model).itemsize
-    layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames)
+    layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames,
+                       model.load_device)  # fmt: skip
     needed = run_bytes(stage.trained, layers, images, item, how.recompute)
     how.report.begin(how.path, stage.trained, needed)
     patchers = [model, *stage.patchers]
@@ -224,12 +211,12 @@ def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Tr
         with training():
             conditions, networks = Conditions(model, contexts, clips), [patcher.model for patcher in patchers]
             with frozen(*networks):
-                recipe = _signed(how, clips, *networks)
+                recipe = _signed(how, clips, precision_of(model.model), *networks)
                 if not is_finished(how, recipe):
                     with stage.begin() as learner:
                         loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
                         samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
-                        learn(learner.parameters, loss_of, recipe, how, loss_scale(model.model),
+                        learn(learner.parameters, loss_of, recipe, how, loss_scale(recipe),
                               lambda weights: write_file(how.path, learner.tensors(weights), recipe, learner.dtype),
                               samples)  # fmt: skip
     finally:
@@ -241,7 +228,7 @@ def write_file(path: Path, tensors: dict[str, Tensor], recipe: Recipe, dtype: to
                about: dict[str, str] | None = None) -> None:  # fmt: skip
     """Write what a run has learned. Raises TrainingError where that cannot be done; the run's state stays."""
     try:
-        save_weights(path, tensors, asdict(recipe), dtype, about)
+        save_weights(path, tensors, recipe.told(), dtype, about)
     except OSError as error:
         raise TrainingError(f"{path} could not be written ({error}). Make room on that disk and run again: "
                             "training is finished, and only the file is missing.") from error  # fmt: skip
@@ -293,74 +280,19 @@ def video_unet(model: ModelPatcher, slots: Iterable[tuple[nn.Module, MotionSlot]
         yield call_options(model) | {CALLS: {0: call}}
 
 
-class Conditions:
-    """What the network is told besides the noisy clip: the captions, in the form the model wants them."""
-
-    def __init__(self, model: ModelPatcher, contexts: dict[str, list], clips: Clips) -> None:
-        device = model.load_device
-        noise = torch.zeros_like(clips.latents[0][: clips.frames]).to(device)
-        self.frames, self.device = clips.frames, device
-        self.of = {}
-        for text, conditioning in contexts.items():
-            entries = comfy.sampler_helpers.convert_cond(conditioning)
-            told = comfy.samplers.encode_model_conds(model.model.extra_conds, entries, noise, device, "positive")
-            self.of[text] = told[0]["model_conds"]
-
-    def __call__(self, captions: list[str]) -> dict[str, Any]:
-        """Shapes: every tensor (captions * frames, ...)."""
-        every = [{name: told.process_cond(batch_size=self.frames, device=self.device, area=None)
-                  for name, told in self.of[text].items()} for text in captions]  # fmt: skip
-        first, *rest = every
-        joined = {name: told.concat([other[name] for other in rest]) for name, told in first.items()}
-        return {name: _ordinary(value, self.device) for name, value in joined.items()}
-
-
-def _ordinary(value: Any, device: torch.device) -> Any:
-    """Tensors made in inference mode may not be kept for a backward pass; copies made outside of it may."""
-    if not isinstance(value, Tensor):
-        return value
-    return (value.clone() if value.is_inference() else value).to(device)
-
-
-def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, recipe: Recipe) -> Callable:
-    """Mean squared error of what the network predicts, noise or velocity: a clip has one noise level, its frames have
-    noise each.
-
-    An error in the noise weighs 1 + sigma^2, at most `recipe.ceiling`: 1 is the plain loss of AnimateDiff and
-    Tune-A-Video, unbounded it is the error in the velocity. The levels of a batch are spread evenly over the schedule.
-    """
-    sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
-    most = math.inf if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else recipe.ceiling
-
-    def loss_of(number: int, generator: torch.Generator) -> Tensor:
-        latents, captions = clips.draw(recipe.batch, generator)
-        levels = stratified(recipe.batch, len(sampling.sigmas), generator)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        sigma = sampling.sigmas.cpu()[levels].repeat_interleave(clips.frames).to(device)
-        spread, latents = sigma.view(-1, 1, 1, 1), latents.to(device)
-        noisy = sampling.noise_scaling(spread, noise, latents)
-        told = conditions(captions)
-        clean = base.apply_model(noisy, sigma, **told, transformer_options={**options, "sigmas": sigma[:1]})
-        weight = (spread**2 + 1).clamp(max=most)
-        return ((clean - latents) / spread * weight.sqrt()).square().mean()
-
-    return loss_of
-
-
-def working_type(base: Any) -> torch.dtype:
-    """The type the network computes in."""
-    return getattr(base, "manual_cast_dtype", None) or base.get_dtype()
-
-
-def loss_scale(base: Any) -> float:
-    """Factor on the loss that keeps gradients in the range of the type the network computes in."""
-    return LOSS_SCALE if working_type(base) == torch.float16 else 1.0
-
-
-def _signed(how: Training, clips: Clips, *networks: nn.Module) -> Recipe:
+def _signed(how: Training, clips: Clips, precision: str, *networks: nn.Module) -> Recipe:
     """The recipe with everything else the result depends on."""
     settings = {**how.settings(), "clips": clips.digest(), "models": [fingerprint(network) for network in networks]}
-    return Recipe(**{**asdict(how.recipe), "about": json.dumps(settings, sort_keys=True)})
+    return signed(how, json.dumps(settings, sort_keys=True), precision)
+
+
+def signed(how: Training, about: str, precision: str) -> Recipe:
+    """The recipe of a run. Raises TrainingError where it asks for a precision that the MODEL does not compute in."""
+    asked = how.recipe.precision
+    if asked not in ("", precision):
+        raise TrainingError(f"The recipe asks for {asked}, and this MODEL computes in {precision}. Load the model so "
+                            f"that it computes in {asked}, or leave precision out of the recipe.")  # fmt: skip
+    return replace(how.recipe, about=about, precision=precision, recompute=how.recompute)
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -381,20 +313,25 @@ def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or se
         how.state.unlink(missing_ok=True)
         return False
     if how.path.is_file():
-        made, now = read_recipe(how.path), asdict(recipe)
-        if made is not None and {**now, **made} == now:  # an older file may not say everything
+        made = read_recipe(how.path)
+        if made is not None and not recipe.differences(made):
             how.report.finished(how.path)
             return True
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
                             "file_name, or set existing to 'start over' to replace it.")  # fmt: skip
-    if how.state.is_file():
-        began = torch.load(how.state, map_location="cpu", weights_only=True)["recipe"]
-        now = asdict(recipe)
-        other = sorted(name for name in now if began.get(name, now[name]) != now[name])
+    state = load_state(how.state)
+    if state is not None:
+        began, now = state["recipe"], recipe.told()
+        other = recipe.differences(began)
         if other:
-            said = ", ".join(about if name == "about" else f"{name} {began[name]}"
-                             f" (now {now[name]})" for name in other)  # fmt: skip
+            said = ", ".join(about if name == "about" else f"{name} {_said(began[name])}"
+                             f" (now {_said(now.get(name))})" for name in other)  # fmt: skip
             raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: {said}. "
                                 "Set them back to go on with it, choose another file_name, or set existing to "
                                 "'start over'.")  # fmt: skip
     return False
+
+
+def _said(value: Any) -> str:
+    """A value of a recipe in a sentence."""
+    return " and ".join(map(_said, value)) if isinstance(value, list) else str(value)

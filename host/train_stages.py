@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,8 @@ from ..motion_modules.errors import ModelMismatchError
 from ..motion_modules.files import read_weights
 from ..motion_modules.norm import plain_affine
 from ..training.frozen import recomputed, training
-from ..training.lora import LowRankSet
+from ..training.lora import LowRankSet, published_pairs
+from ..training.recipe import chosen
 from .dataset import dataset_of
 from .motion import MotionModule, manage
 from .schedule import set_schedule
@@ -39,7 +40,6 @@ from .train import (
     lora_size,
     motion_call,
     prepare,
-    published_pairs,
     run,
     video_unet,
     working_type,
@@ -74,7 +74,7 @@ def train_domain_adapter(
     dataset = dataset_of(clips, captions, 1 if isinstance(clips, Tensor) else 0)
     cuts, contexts = prepare(model, clip, vae, dataset, how)
     model, unet = model.clone(), model.model.diffusion_model
-    layers = published_layers(model)
+    layers = published_layers(model, how.recipe.trains)
 
     @contextmanager
     def begin() -> Iterator[Learner]:
@@ -87,8 +87,11 @@ def train_domain_adapter(
     return comfy.sd.load_lora_for_models(model, None, read_weights(how.path), 1.0, 0.0)[0]
 
 
-def published_layers(model: ModelPatcher) -> dict[str, str]:
-    """The UNet's attention projections: the host's name to the published one (diffusers' layout), without `.weight`."""
+def published_layers(model: ModelPatcher, parts: Sequence[str]) -> dict[str, str]:
+    """The UNet's attention projections whose published names hold one of `parts`, all of them for none.
+
+    The host's name to the published one (diffusers' layout), without `.weight`.
+    """
     theirs = comfy.utils.unet_to_diffusers(model.model.model_config.unet_config)
     ends = tuple(f".{kind}.to_{part}.weight" for kind in ("attn1", "attn2") for part in ("q", "k", "v", "out.0"))
     there = {name for name, layer in model.model.diffusion_model.named_modules() if isinstance(layer, nn.Linear)}
@@ -98,7 +101,8 @@ def published_layers(model: ModelPatcher) -> dict[str, str]:
     if not found:
         raise ModelMismatchError("This MODEL has no attention layers under names that a LoRA could have. Use an image "
                                  "model of SD1.x, SD2.x or SDXL.")  # fmt: skip
-    return found
+    names = set(chosen(found.values(), parts))
+    return {own: name for own, name in found.items() if name in names}
 
 
 def train_motion_module(
@@ -126,18 +130,21 @@ def train_motion_module(
 
 
 def _stage(model: ModelPatcher, spec: MotionSpec, network: MotionModel, how: ModuleTraining) -> Stage:
+    parts = chosen(dict(network.named_parameters()), how.recipe.trains)
+
     @contextmanager
     def begin() -> Iterator[Learner]:
-        network.to(model.load_device, working_type(model.model))
+        network.to(model.load_device, working_type(model.model)).requires_grad_(False)
+        learned = {name: network.get_parameter(name).requires_grad_(True) for name in parts}
         unet, joint = model.model.diffusion_model, spec.variant.joint
         call = motion_call(model, how.frames, plain_affine)
         slots = [(block_of(unet, spec, name), MotionSlot(transformer, call, joint.motion))
                  for name, transformer in network.transformers().items()]  # fmt: skip
         with video_unet(model, slots, joint, call, how.recompute) as options:
-            tensors = partial(published, spec)
-            yield Learner(dict(network.named_parameters()), options, tensors, torch.float16)
+            yield Learner(learned, options, lambda weights: published(spec, network.state_dict() | weights),
+                          torch.float16)  # fmt: skip
 
-    return Stage(sum(p.numel() for p in network.parameters()), spec, (), begin)
+    return Stage(sum(network.get_parameter(name).numel() for name in parts), spec, (), begin)
 
 
 def starting_point(spec: MotionSpec, module: MotionModule | None, seed: int) -> MotionModel:

@@ -28,7 +28,7 @@ from ..training.attention import attention, over_frames
 from ..training.clips import EMPTY, Clips
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
-from ..training.loop import Recipe
+from ..training.recipe import Recipe, chosen
 from . import attention as frames_of
 from . import inflate, tuned
 from .attention import FrameAttention
@@ -43,6 +43,8 @@ from .train import (
     learn,
     loss_scale,
     noise_loss,
+    precision_of,
+    signed,
     working_type,
     write_file,
 )
@@ -119,8 +121,8 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
     slots, unet = tuned.slots_of(model), model.model.diffusion_model
     base = tuned.base_of(model, how.base_name or "it was tuned on")
     trained = sum(torch.Size(shape).numel() for shape in trained_shapes(slots).values())
-    layers = [replace(layer, scores=2 * layer.scores) for layer in  # two frames of keys
-              layers_of(unet, MotionSpec(V2, (), 0), clips.latents[0].shape[-2:], clips.frames)]  # fmt: skip
+    plain = layers_of(unet, MotionSpec(V2, (), 0), clips.latents[0].shape[-2:], clips.frames, model.load_device)
+    layers = [replace(layer, scores=2 * layer.scores) for layer in plain]  # two frames of keys
     needed = run_bytes(trained, layers, clips.frames, working_type(model.model).itemsize, how.recompute)
     how.report.begin(how.path, trained, needed)
     comfy.model_management.load_models_gpu([model], memory_required=needed, force_full_load=True)
@@ -132,15 +134,15 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
                 settings = {"clip": clips.digest(), "model": fingerprint(unet)}
                 if how.reach is not Reach.SPARSE:
                     settings["keys_from"] = how.reach.value
-                recipe = replace(how.recipe, about=json.dumps(settings, sort_keys=True))
+                recipe = signed(how, json.dumps(settings, sort_keys=True), precision_of(model.model))
                 if is_finished(how, recipe, ABOUT):
                     return
                 network = new_network(model, recipe.seed)
                 with tuned_unet(model, network, clips.frames, how.recompute, how.reach) as (parameters, options):
-                    write = _writer(parameters, base, recipe, how)
+                    write, parameters = _writer(parameters, base, recipe, how), _learning(parameters, recipe)
                     loss_of = noise_loss(model.model, clips, conditions, options, recipe)
                     samples = Samples(model.model, clips, conditions, options, recipe.seed)
-                    learn(parameters, loss_of, recipe, how, loss_scale(model.model), write, samples)
+                    learn(parameters, loss_of, recipe, how, loss_scale(recipe), write, samples)
     finally:
         model.cleanup()
 
@@ -195,12 +197,21 @@ def trainable(unet: UNetModel, names: Mapping[str, str], dtype: torch.dtype) -> 
             layer._parameters["weight"] = saved[name]
 
 
+def _learning(parameters: dict[str, nn.Parameter], recipe: Recipe) -> dict[str, nn.Parameter]:
+    """Those of the parameters that the recipe trains; no gradient reaches the others."""
+    names = chosen(parameters, recipe.trains)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+    return {name: parameters[name] for name in names}
+
+
 def _writer(parameters: dict[str, nn.Parameter], base: Base, recipe: Recipe, how: Tuning) -> Callable[[dict], None]:
     """What writes the file: queries as differences to what they are now, everything as float16."""
     before = {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in parameters.items()
               if "attn_temp" not in name}  # fmt: skip
 
-    def write(weights: dict[str, Tensor]) -> None:
+    def write(learned: dict[str, Tensor]) -> None:
+        weights = {name: p.detach().float() for name, p in parameters.items()} | learned
         changes = {name: weights[name].cpu() - value for name, value in before.items()}
         temporal = {name: value for name, value in weights.items() if name not in before}
         tensors, about = portable(temporal, changes, base)

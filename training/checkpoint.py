@@ -66,9 +66,6 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load_state(path: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an interrupted run of the same recipe, or None. What an older state does not say is not compared."""
-    if not path.is_file():
-        return None
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state if {**recipe, **state["recipe"]} == recipe else None
+def load_state(path: Path) -> dict[str, Any] | None:
+    """The state of an interrupted run, with its recipe under `recipe`, or None where there is none."""
+    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None

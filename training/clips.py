@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +80,13 @@ def captions_for(clips: int, text: str) -> tuple[str, ...]:
     return tuple(lines * clips if len(lines) == 1 else lines)
 
 
-def stratified(batch: int, count: int, generator: torch.Generator) -> Tensor:
-    """Positions in a table of `count` entries, one in each of `batch` equal parts of it. Shapes: -> (batch,), int64."""
-    return ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * count).long().clamp(max=count - 1)
+def stratified(batch: int, count: int, generator: torch.Generator,
+               ranges: Sequence[tuple[float, float]] = ((0.0, 1.0),)) -> Tensor:  # fmt: skip
+    """Positions in a table of `count` entries, one in each of `batch` equal parts of it. Shapes: -> (batch,), int64.
+
+    ranges: parts of the table, as shares of it, that stand in a row for the whole of it.
+    """
+    place = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch * len(ranges)
+    number = place.long().clamp(max=len(ranges) - 1)
+    first, last = torch.tensor(ranges).T[:, number]
+    return ((first + (place - number) * (last - first)) * count).long().clamp(max=count - 1)

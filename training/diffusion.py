@@ -46,6 +46,22 @@ def noise_error(predicted: torch.Tensor, noise: torch.Tensor, kept: torch.Tensor
     return (error * (1 / kept).clamp(max=ceiling).to(error.device)).mean()
 
 
+def squared(error: torch.Tensor) -> torch.Tensor:
+    """Shapes: any -> the same."""
+    return error.square()
+
+
+def huber(error: torch.Tensor) -> torch.Tensor:
+    """As `squared` for small errors and linear in large ones, so that odd clips count less. Shapes: any -> the same.
+
+    Source: Song and Dhariwal, arXiv 2310.14189, section 3.3, with c = 1 and scaled to the square's curvature at 0.
+    """
+    return 2.0 * ((error.square() + 1.0).sqrt() - 1.0)
+
+
+LOSS_OF = {"mse": squared, "huber": huber}
+
+
 def euler(clean_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], start: torch.Tensor,
           sigmas: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """Follow the noise down: at each level, towards what `clean_of(x, sigma)` takes for the picture without noise.

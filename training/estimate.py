@@ -6,29 +6,47 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 COPIES = 5  # weight, gradient, two moments of AdamW and the averaged weight, float32 each
-# Feature maps of a layer's own size that its backward pass needs while the layer's weights are fixed.
-KEPT = {"residual": 5.0, "transformer": 30.0, "motion": 40.0}
+# Feature maps of a layer's own size that its backward pass needs while the layer's weights are fixed: inputs of norms
+# and activations, queries, keys and values, and three times the four-fold width of a feed-forward.
+KEPT = {"residual": 5.0, "transformer": 22.0, "motion": 28.0}
+FIRST = 14.0  # those that are still there when the backward pass is at the first attention of a transformer
+PASSING = 12.0  # those that only one layer needs at a time, the widest gradients
+TABLES = 3  # of one attention, at once in its backward pass: the weights, their gradient and that of the scores
 
 
 @dataclass(frozen=True)
 class Layer:
     """One layer whose inner values are kept: `channels * pixels` numbers per image.
 
-    scores: numbers of its attention tables per image.
+    scores: numbers of its largest attention table per image, more: those of its other ones; none where a fused kernel
+    makes none. depth: blocks of this kind in a row.
     """
 
     kind: str
     channels: int
     pixels: int
     scores: int = 0
+    more: int = 0
+    depth: int = 1
 
     @property
     def size(self) -> int:
         return self.channels * self.pixels
 
     @property
+    def block(self) -> float:
+        """Numbers that the backward pass of one block needs."""
+        return KEPT[self.kind] * self.size + self.scores + self.more
+
+    @property
     def kept(self) -> float:
-        return KEPT[self.kind] * self.size + 2 * self.scores
+        return self.depth * self.block
+
+    @property
+    def passing(self) -> float:
+        """The most that it needs at once, all of its own counted, when it is computed anew for its backward pass."""
+        others = (self.depth - 1) * self.block
+        return others + max(self.block + PASSING * self.size, FIRST * self.size + TABLES * self.scores)
 
 
 def run_bytes(trained: int, layers: Iterable[Layer], images: int, item: int, recompute: bool) -> int:
@@ -38,8 +56,7 @@ def run_bytes(trained: int, layers: Iterable[Layer], images: int, item: int, rec
     recompute: layers keep their input only, and one at a time is computed anew.
     """
     layers = list(layers)
-    if recompute:
-        kept = sum(layer.size for layer in layers) + max((layer.kept for layer in layers), default=0.0)
-    else:
-        kept = sum(layer.kept for layer in layers)
+    kept = sum(layer.size if recompute else layer.kept for layer in layers)
+    own = 0.0 if recompute else 1.0  # what is kept already is not needed once more
+    kept += max((layer.passing - own * layer.kept for layer in layers), default=0.0)
     return round(trained * 4 * COPIES + kept * images * item)

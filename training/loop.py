@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,32 +13,7 @@ from torch import nn
 from ..motion_modules.errors import TrainingError
 from .checkpoint import load_state, save_state
 from .precision import Masters
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What a run depends on. A saved state is taken up again only by the same recipe."""
-
-    name: str
-    steps: int
-    batch: int
-    learning_rate: float
-    warmup: int = 100
-    final_rate: float = 0.02  # share of the learning rate left at the end
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    average: float = 0.998  # decay of the averaged weights
-    seed: int = 0
-    accumulate: int = 1  # batches whose gradients make one step
-    beta2: float = 0.99  # memory of AdamW for the size of gradients
-    ceiling: float = 1.0  # how many times more the noisiest levels may count, see `noise_loss`
-    about: str = ""  # of what is trained on what; another text is another run
-
-    def rate(self, step: int) -> float:
-        """Learning rate at a step: linear warm-up, then half a cosine."""
-        ramp = min(1.0, (step + 1) / max(self.warmup, 1))
-        wave = 0.5 * (1 + math.cos(math.pi * step / max(self.steps, 1)))
-        return self.learning_rate * ramp * (self.final_rate + (1 - self.final_rate) * wave)
+from .recipe import Recipe
 
 
 class Stopped(Exception):
@@ -144,7 +117,7 @@ class _Run:
 
     def save(self, path: Path) -> None:
         state: dict[str, Any] = {
-            "recipe": asdict(self.recipe),
+            "recipe": self.recipe.told(),
             "step": self.step,
             "weights": {name: tensor.detach() for name, tensor in self.masters.tensors.items()},
             "optimiser": self.optimiser.state_dict(),
@@ -156,8 +129,8 @@ class _Run:
 
     def resume(self, path: Path | None) -> None:
         """Take up the state of an interrupted run of the same recipe, if there is one."""
-        state = load_state(path, asdict(self.recipe)) if path else None
-        if state is None:
+        state = load_state(path) if path else None
+        if state is None or self.recipe.differences(state["recipe"]):
             return
         self.masters.load(state["weights"])
         self.optimiser.load_state_dict(state["optimiser"])

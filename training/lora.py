@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..motion_modules.errors import TrainingError
+from ..motion_modules.animatediff.lora import published_key
+from .recipe import chosen
 
 
 class LowRank(nn.Module):
@@ -64,12 +65,21 @@ def attention_layers(network: nn.Module, parts: Sequence[str]) -> list[str]:
 
     Raises TrainingError where a part is in no name.
     """
-    names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear) and ".to_" in name]
-    absent = [part for part in parts if not any(part in name for name in names)]
-    if absent:
-        raise TrainingError(f"layers says {absent[0]}, and no layer is named so. Write parts of names such as to_q or "
-                            f"up_blocks, or nothing for all; the first layer is {names[0]}.")  # fmt: skip
-    return [name for name in names if not parts or any(part in name for part in parts)]
+    linear = (name for name, layer in network.named_modules() if isinstance(layer, nn.Linear))
+    return chosen((name for name in linear if ".to_" in name), parts)
+
+
+def published_pairs(changes: LowRankSet, scale: float, weights: dict[str, torch.Tensor],
+                    names: dict[str, str] | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+    """The changes as tensors of a file under the authors' keys, the scale multiplied in, as none of them holds one.
+
+    names: published names of the layers, where they have others in the network.
+    """
+    pairs = {}
+    for layer, down, up in changes.pairs(weights):
+        key = published_key(names[layer] if names else layer)
+        pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up * scale
+    return pairs
 
 
 def _adder(change: LowRank) -> Callable[..., torch.Tensor]:

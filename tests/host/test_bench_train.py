@@ -10,7 +10,7 @@ from helpers_motion import SMALL
 from helpers_train import small_module
 from latentmotion.bench import train as bench
 from latentmotion.bench.camera import CAMERAS, Clip, stills
-from latentmotion.bench.train_step import step_figures
+from latentmotion.bench.train_step import estimate_errors, step_figures
 from latentmotion.demo import oracle
 from latentmotion.host.dataset import STILLS, film_camera
 from latentmotion.media.clip import collect_pictures
@@ -70,5 +70,12 @@ def test_a_step_is_timed_beside_the_plain_network_and_leaves_the_models_alone() 
     found = step_figures(size=64, frames=4, rank=4, rounds=1, models=models)
     assert 1.0 < found["train.step_flops_over_plain"] < 4.0
     assert found["train.step_peak_mib"] > found["train.plain_peak_mib"] > 0
+    assert 0.75 < found["train.step_foreseen_over_peak"] < 1.5, "counting FLOPs keeps nothing alive"
     for model, weights in zip((models[0], models[1].patcher), before, strict=True):
         tiny_host.assert_same_weights(model, weights)
+
+
+def test_the_memory_of_a_step_is_foreseen() -> None:
+    errors = estimate_errors(((8, 8, 8), (4, 16, 16)), width=32)
+    assert len(errors) == 4
+    assert max(map(abs, errors.values())) < 0.25, errors
