@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 HINTS = ("cond_hint_original", "extra_concat_orig")
 MOST_KEPT = 256 * 2**20  # bytes of hints
+BESIDE = ("time_dim_concat", "reference_latent", "reference_motion")  # frames beside the clip's, for every window
+SETS = "vace_context"  # Wan VACE's sets of control latents, (clips, sets, c, frames, h, w)
+FADE = 8  # latent pixels and frames: the host's, at the sides of an area
 
 
 class ControlSlices:
@@ -90,7 +94,46 @@ def cut_conds(
     """
     if conds is None:
         return None
-    return [_cut_cond(cond, x, window, controls, model) for cond in conds]
+    parts = [part for cond in conds for part in _cut_area(cond, x, window)]
+    return [_cut_cond(part, x, window, controls, model) for part in parts]
+
+
+def _cut_area(cond: dict, x: Tensor, window: Any) -> list[dict]:
+    """A prompt whose area is some frames of 5-D latents, with the part of the area that is in the window.
+
+    None where the window has no frame of it, two where a window over the seam of a loop meets both of its ends. Areas
+    are in the host's form for sampling, latent (frames, height, width) and where each of them begins.
+    """
+    area = cond.get("area")
+    if window.dim == 0 or area is None or len(area) < 6 or (area[3] == 0 and area[0] >= x.shape[2]):
+        return [cond]  # all frames of a window are in it, too
+    size, begin = area[:3], area[3:]
+    places = [i for i, frame in enumerate(window.index_list) if begin[0] <= frame < begin[0] + size[0]]
+    if "mask" not in cond:
+        cond = cond | {"mask": _fade(x, size, begin)}
+    starts = [i for i in places if i - 1 not in places]
+    ends = [i + 1 for i in places if i + 1 not in places]
+    return [
+        cond | {"area": (end - start, *size[1:], start, *begin[1:])} for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _fade(x: Tensor, size: Sequence[int], begin: Sequence[int]) -> Tensor:
+    """The weights that the host gives an area of a whole clip: they fall towards each side that is not the clip's.
+
+    In the host's form for masks, (1, frames, h, w). An area with a mask gets no others.
+    """
+    mask = x.new_ones(1, *x.shape[2:])
+    for axis, (count, first) in enumerate(zip(size, begin, strict=True), 1):
+        whole = mask.shape[axis]
+        count = min(count, whole - first)
+        depth = min(FADE, count // 4)
+        for i in range(depth):
+            if first:
+                mask.narrow(axis, first + i, 1).mul_((i + 1) / depth)
+            if first + count < whole:
+                mask.narrow(axis, first + count - 1 - i, 1).mul_((i + 1) / depth)
+    return mask
 
 
 def _cut_cond(cond: dict, x: Tensor, window: Any, controls: ControlSlices, model: Any) -> dict:
@@ -140,9 +183,9 @@ def _cut_value(key: str, value: Any, x: Tensor, window: Any, model: Any) -> Any:
         return value
     if window.dim == 0:
         return value._copy_with(_rows(tensor, window.index_list))
-    if tensor.ndim == x.ndim and tensor.shape[window.dim] == x.shape[window.dim]:
-        return value._copy_with(window.get_tensor(tensor))
-    return value
+    axis = window.dim + (key == SETS)
+    fits = tensor.ndim == x.ndim + (key == SETS) and tensor.shape[axis] == x.shape[window.dim]
+    return value._copy_with(window.get_tensor(tensor, dim=axis)) if fits and key not in BESIDE else value
 
 
 def _rows(tensor: Tensor, indices: list[int]) -> Tensor:
