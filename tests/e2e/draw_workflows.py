@@ -36,8 +36,8 @@ SIZES = {
     "LatentMotionLoadVideo": (340, 660),
     "PreviewAny": (380, 220),
 }
-# Of nodes that draw their losses: a width at which those can be read, and room for them below the widgets.
-TRAINERS = {"LatentMotionTrainMotionLora": (400, 230), "LatentMotionTuneVideoModel": (400, 250)}
+# Of nodes that draw their losses: a width at which those can be read, room for them and for text below the widgets.
+TRAINERS = {"LatentMotionTrainMotionLora": (400, 350), "LatentMotionTuneVideoModel": (400, 300)}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
@@ -105,7 +105,17 @@ LAYOUTS = {
         "noise in reverse, and its first frames are led by the first clip's last ones: it begins where the first ended "
         "and tends to go back. So its prompt, from frame 16 on, says so. Raise batch_size to 48 for three clips.\n\n"
         "The sampler must keep nothing from step to step: euler, ddim or lcm, not dpmpp_2m. To go on from a clip you "
-        "have, connect its latent to *continue_from*.",
+        "have, see the workflow *continue_a_video*.",
+    ),
+    "continue_a_video": Layout(
+        (((NOTE, 1, 2), (4,), (5, 6), (3, 7), (8,)), ((10, 11, 12), (9,), (13,), (14, 15), (16,), (17,))),
+        "**Continue a video**\n\n*DDIM Inversion* finds the noise of a video's last 16 frames, and *Reuse and Diffuse* "
+        "starts 16 new ones from it in reverse and leads them away from the last frame: they begin where the video "
+        "ends. *Latent Batch* puts the two together.\n\nA clip that was started so tends to go back, so the new "
+        "prompt says so. For a video of your own, upload it on *Load Video*, say in the upper prompt what it shows, "
+        "and load its end: skip_frames leaves out what comes before.\n\nA latent that was sampled can go straight to "
+        "*continue_from*, without the upper row; with prompt_frames at 8 its seam shows less.",
+        ("A video, up to its noise", "The video goes on"),
     ),
     "stream_to_file": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8,), (10,)),),
@@ -149,8 +159,9 @@ LAYOUTS = {
         (((NOTE,), (6,), (7,), (8, 9)), ((1, 2, 10), (4, 5), (3, 11), (12,), (13,), (14,))),
         "**Video to video**\n\nA video is encoded, made noisy and sampled again with motion: *denoise* says how much "
         "of it may change. The edges of its frames keep things in place. Here the demo's clip of a red circle is to "
-        "become a green one; upload your own with the button on *Load Video*.\n\nIt needs a ControlNet for the demo "
-        "models: models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny "
+        "become a green one; upload your own with the button on *Load Video*. The sound of the video is saved with "
+        "the new one.\n\nIt needs a ControlNet for the demo models: "
+        "models/controlnet/latentmotion_toy_controlnet.safetensors. With a real checkpoint, choose a canny "
         "ControlNet for it and set width and height to the checkpoint's size.",
         ("A video, its frames and their edges", "The same video, drawn anew"),
     ),

@@ -59,10 +59,13 @@ NODE = """(type) => {
     const box = picture && {x: at(0, 0), y: at(1, picture.y), width: node.size[0] * scale,
                             height: picture.computedHeight * scale};
     const lines = text?.getBoundingClientRect();
+    const frame = app.graph.groups.find(({pos, size}) =>
+        [0, 1].every((axis) => pos[axis] <= node.pos[axis] && node.pos[axis] < pos[axis] + size[axis]));
     return {
         id: String(node.id), size: [...node.size], natural: node.imgs?.map((image) => image.naturalWidth) ?? [], box,
         text: text?.textContent, hidden: text && text.scrollHeight > text.clientHeight + 1,
         textBox: lines && [lines.left, lines.top, lines.width, lines.height], shownTo: at(1, node.size[1]),
+        frameTo: at(1, frame.pos[1] + frame.size[1] - node.pos[1]),
     };
 }"""
 PLAYED = """() => [...document.querySelectorAll("video")].filter((video) => video.videoWidth > 0)
@@ -138,6 +141,12 @@ def test_losses_are_on_the_node_afterwards(run: dict[str, Any], time: str) -> No
     assert seen.width >= 300 and seen.height >= 150, "large enough to be looked at"
     assert pixels_like(seen, GROUND) > seen.width * 80, "the ground of the plot"
     assert pixels_like(seen, MEAN) > ANY, "the curve of the losses"
+
+
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_the_node_stays_in_its_frame(run: dict[str, Any], time: str) -> None:
+    """It grows with what it shows; the workflow leaves room for that."""
+    assert run[time]["shownTo"] < run[time]["frameTo"]
 
 
 @pytest.mark.parametrize("time", ["first", "again"])
