@@ -48,7 +48,7 @@ def _window_inputs() -> list[io.Input]:
             default=4,
             min=0,
             max=4095,
-            tooltip="Frames that neighbouring windows share. More is smoother and slower.",
+            tooltip="Frames that neighbouring windows share. More is smoother and slower; 0 puts them side by side.",
         ),
         io.Combo.Input(
             "schedule",
@@ -69,7 +69,7 @@ def _window_inputs() -> list[io.Input]:
             "closed_loop",
             default=False,
             tooltip="For looped uniform: always bridge the last and the first frame, so that the clip repeats "
-            "without a seam.",
+            "without a seam. It bridges with context_overlap; where that is 0 it changes nothing.",
         ),
     ]
 

@@ -47,6 +47,17 @@ def test_closed_loop_bridges_the_ends_at_every_step(length, overlap, stride):
             assert any({frames - 1, 0} <= set(window) for window in plan.windows(frames, step)), (frames, step)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_without_overlap_closed_loop_changes_nothing(stride):
+    """As the help page says; the ends are then met because the windows move."""
+    for frames in range(1, 100):
+        closed, open_ = (WindowPlan(WindowSchedule.LOOPED, 16, 0, stride, loop) for loop in (True, False))
+        assert [closed.windows(frames, s) for s in range(8)] == [open_.windows(frames, s) for s in range(8)]
+    meets = [any({0, 47} <= set(window) for window in open_.windows(48, step)) for step in range(8)]
+    assert not meets[0] and sum(meets) == 7
+
+
+
 def test_uniform_windows_move_from_step_to_step():
     plan = WindowPlan(WindowSchedule.UNIFORM, 16, 4)
     assert plan.windows(100, 0) != plan.windows(100, 1)
