@@ -1,8 +1,9 @@
 """Reuse and Diffuse on the toy world: the jump at a seam against clips sampled apart, and M, alpha, beta one at a time.
 
-Videos of two clips, made as a graph would make them. Read at the seam: the distance of the two latents and that of the
-shape's centroids, each also between neighbours inside a clip; and the replay, how far the second clip's frames that are
-never led lie from the first clip played backwards, as a share of what it is without reuse.
+Videos of two clips, made as a graph would make them: in one run, or the second clip later, led by the latents of the
+first or by the DDIM inversion of a video that was drawn and not sampled. Read at the seam: the distance of the two
+latents and that of the shape's centroids, each also between neighbours inside a clip; and the replay, how far the
+second clip's frames that are never led lie from the first clip played backwards, as a share of that without reuse.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..demo import config, oracle
-from ..demo.captions import Words
+from ..demo import config, oracle, world
+from ..demo.captions import DIRECTIONS, Words
 from ..demo.world import FRAMES
+from ..host.invert import Inversion, invert_clip
 from ..host.reuse import apply_reuse
 from ..sampling.reuse import Guidance, Reuse, States
 from ..sampling.travel import Interpolation
@@ -31,7 +33,13 @@ from .toy import CFG, FIRST_SEED, ONE_WAY, RESTING, SCHEDULER, THERE_AND_BACK, B
 STEPS, SAMPLER = 12, "euler"
 PAPER = Reuse(FRAMES, 4, 4.0, 0.4)
 NAIVE = Reuse(FRAMES, 0, 0.0, 0.0)
+UP = Inversion(steps=25, keep=FRAMES, check=False)
+LATER = {"continue_from": PAPER, "continue_from_M_8": replace(PAPER, prompt_frames=8), "continue_path": PAPER}
+"""Settings of clips that are sampled later than the one they continue: a LATENT, or a video by its path."""
+BASELINES = {"continue_path": "video_naive"}
+"""What a row is compared with where that is not `naive`: the same video with a clip sampled apart behind it."""
 ABLATION = {"M": ("prompt_frames", (0, 2, 8)), "alpha": ("alpha", (0.0, 1.0, 8.0)), "beta": ("beta", (0.0, 0.2, 0.8))}
+PARTS = [*ABLATION, "released", "continue_from", "continue_path"]
 
 
 @dataclass(frozen=True)
@@ -72,19 +80,60 @@ def remembering(model: Any) -> Any:
     return model
 
 
+def sample(bench: Bench, model: Any, positive: Any, noise: Tensor, seed: int) -> Tensor:
+    """Latents from noise, (frames, 4, 16, 16)."""
+    return comfy.sample.sample(model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, bench.encode(""),
+                               torch.zeros_like(noise), disable_pbar=True, seed=seed)  # fmt: skip
+
+
+def noise_of(seed: int) -> Tensor:
+    return comfy.sample.prepare_noise(torch.zeros(2 * FRAMES, 4, 16, 16), seed)
+
+
 def make(bench: Bench, model: Any, words: Words, seed: int, kind: str) -> Tensor:
-    """Latents of one video of two clips, (2 FRAMES, 4, 16, 16)."""
-    latent = torch.zeros(2 * FRAMES, 4, 16, 16)
+    """Latents of one video of two clips made in one run, (2 FRAMES, 4, 16, 16)."""
     back = there_and_back(bench, words, 2 * FRAMES, FRAMES, Interpolation.HOLD) if kind == THERE_AND_BACK else None
-    positive, negative = back or bench.encode(words.text), bench.encode("")
-    noise = comfy.sample.prepare_noise(latent, seed)
-    return comfy.sample.sample(model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent,
-                               disable_pbar=True, seed=seed)  # fmt: skip
+    return sample(bench, model, back or bench.encode(words.text), noise_of(seed), seed)
 
 
-def measure(bench: Bench, model: Any, words: Words, seed: int, kind: str) -> Video:
+def make_later(bench: Bench, model: Any, words: Words, seed: int, kind: str) -> Tensor:
+    """Latents of the second clip in a run of its own, from the noise it has in `make`."""
+    if kind == THERE_AND_BACK:
+        x, y = DIRECTIONS[words.direction]
+        words = replace(words, direction=next(name for name, way in DIRECTIONS.items() if way == (-x, -y)))
+    return sample(bench, model, bench.encode(words.text), noise_of(seed)[FRAMES:], seed)
+
+
+def continued(
+    bench: Bench, model: Any, words: Words, seed: int, kind: str, naive: Tensor, only: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and latents of every video whose second clip goes on from a finished one. naive: the clips sampled apart."""
+    first, second = naive.split(FRAMES)
+    if "continue_from" in only:
+        for name in ("continue_from", "continue_from_M_8"):
+            leading = apply_reuse(model, LATER[name], {"samples": first})
+            yield name, torch.cat([first, make_later(bench, leading, words, seed, kind)])
+    if "continue_path" in only:
+        video = bench.vae.encode(world.draw(world.clip(words, np.random.default_rng(seed))))
+        yield BASELINES["continue_path"], torch.cat([video, second])
+        path = invert_clip(bench.video(), bench.encode(words.text), {"samples": video}, UP).path
+        leading = apply_reuse(model, LATER["continue_path"], path=path)
+        yield "continue_path", torch.cat([video, make_later(bench, leading, words, seed, kind)])
+
+
+def rows(
+    bench: Bench, model: Any, words: Words, seed: int, kind: str, only: list[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Name and latents, (2 FRAMES, 4, 16, 16), of the video of every row."""
+    made = {}
+    for name, reuse in settings(only):
+        made[name] = make(bench, apply_reuse(model, reuse), words, seed, kind)
+        yield name, made[name]
+    yield from continued(bench, model, words, seed, kind, made["naive"], only)
+
+
+def measure(bench: Bench, latents: Tensor, words: Words) -> Video:
     """Decodes two frames on each side of the seam."""
-    latents = make(bench, model, words, seed, kind)
     readings = oracle.read(bench.vae.decode(latents[FRAMES - 2 : FRAMES + 2]))
     centres = np.array([reading.centre for reading in readings])
     moves = np.linalg.norm(np.diff(centres, axis=0), axis=1)
@@ -135,17 +184,18 @@ COLUMNS = {"latent": "seam/naive", "centroid": "px/naive", "jump": "latent jump"
 
 def table(made: dict[str, list[Video]]) -> str:
     """Rows of settings against what was read, over the videos so far."""
-    lines = [f"{'':12}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
+    lines = [f"{'':18}" + "".join(f"{title:>12}" for title in COLUMNS.values())]
     for name, videos in made.items():
-        found = figures_of(videos, made["naive"])
-        lines.append(f"{name:12}" + "".join(f"{found[key]:12.3f}" for key in COLUMNS))
+        found = figures_of(videos, made[BASELINES.get(name, "naive")])
+        lines.append(f"{name:18}" + "".join(f"{found[key]:12.3f}" for key in COLUMNS))
     return "\n".join(lines)
 
 
 def all_figures(made: dict[str, list[Video]]) -> dict[str, float]:
     figures = store_bytes() | {"reuse.videos": float(len(made["naive"]))}
     for name, videos in made.items():
-        figures |= {f"reuse.{name}.{key}": value for key, value in figures_of(videos, made["naive"]).items()}
+        found = figures_of(videos, made[BASELINES.get(name, "naive")])
+        figures |= {f"reuse.{name}.{key}": value for key, value in found.items()}
     for key in ("latent", "centroid"):
         figures[f"reuse.seam_vs_naive.{key}"] = figures[f"reuse.default.{key}"]
     inside = {"latent": mean(made["default"], "step"), "pixels": mean(made["default"], "pixel_step")}
@@ -155,8 +205,8 @@ def all_figures(made: dict[str, list[Video]]) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench reuse", description=__doc__)
     parser.add_argument("--clips", type=int, default=12, help="captions and seeds a figure is taken over")
-    parser.add_argument("--only", nargs="*", choices=[*ABLATION, "released"], default=[*ABLATION, "released"],
-                        help="change only these beside the defaults")  # fmt: skip
+    parser.add_argument("--only", nargs="*", choices=PARTS, default=PARTS,
+                        help="change only these beside the defaults, or continue only these")  # fmt: skip
     parser.add_argument("--shapes", choices=(RESTING, THERE_AND_BACK, ONE_WAY), default=RESTING,
                         help="what captions ask of them")  # fmt: skip
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
@@ -165,17 +215,14 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     print(f"{arguments.clips} videos of 2 x {FRAMES} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}; M 4, alpha 4,")
     print(f"beta 0.4 but for what a row names; on {device_name()}")
-    rows, kind = dict(settings(arguments.only)), arguments.shapes
-    made: dict[str, list[Video]] = {name: [] for name in rows}
-    begun = time.monotonic()
+    kind, made, begun = arguments.shapes, dict[str, list[Video]](), time.monotonic()
     with torch.inference_mode():
         bench = Bench.open(arguments.weights)
         for i, words in enumerate(captions("test", kind != RESTING, arguments.clips)):
             if time.monotonic() - begun > arguments.minutes * 60:
                 break
-            video = remembering(bench.video())
-            for name, reuse in rows.items():
-                made[name].append(measure(bench, apply_reuse(video, reuse), words, FIRST_SEED + i, kind))
+            for name, latents in rows(bench, remembering(bench.video()), words, FIRST_SEED + i, kind, arguments.only):
+                made.setdefault(name, []).append(measure(bench, latents, words))
             print(f"\nafter {i + 1} videos, {time.monotonic() - begun:.0f} s\n{table(made)}", flush=True)
     report(all_figures(made), arguments.json)
     return 0

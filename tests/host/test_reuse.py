@@ -13,6 +13,7 @@ import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
 from helpers_motion import Pair, relative_error
+from latentmotion.bench import reuse as bench
 from latentmotion.host import options
 from latentmotion.host.context import SlidingContext, apply_context
 from latentmotion.host.reuse import ONE_STEP_SAMPLERS, apply_reuse, check_sampler
@@ -367,3 +368,14 @@ def test_the_node_sets_it_up_and_leaves_its_model_alone(pair: Pair, run_node: Ca
         run_node("LatentMotionReuseAndDiffuse", model=model, guidance="other", **widgets)
     assert options.known_reuse(16, 4) is True and options.known_reuse(None, 4) is True
     assert "prompt_frames is 20" in options.known_reuse(16, 20)
+
+
+def test_the_measurement_compares_a_clip_with_one_sampled_apart_behind_the_same_frames() -> None:
+    """Behind a video that is drawn the jump of clips sampled apart is another one."""
+    jumps = {"naive": 4.0, "default": 1.0, "continue_from": 2.0, "continue_path": 2.0, "video_naive": 8.0}
+    made = {name: [bench.Video(jump, 0.1, 3 * jump, 1.0, 1.0, True)] for name, jump in jumps.items()}
+    found = bench.all_figures(made)
+    for key in ("latent", "centroid"):
+        assert found[f"reuse.seam_vs_naive.{key}"] == found[f"reuse.continue_path.{key}"] == pytest.approx(0.25)
+        assert found[f"reuse.continue_from.{key}"] == pytest.approx(0.5)
+    assert "continue_path" in bench.table(made)
