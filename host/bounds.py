@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..motion_modules.animatediff.spec import JointNorms
@@ -98,6 +100,22 @@ class Bounds:
         clip = self.motions[0].settings.frames or frames or images
         size = Shape(images, height, width, comfy.model_management.dtype_size(dtype), min(clip, images), slab)
         return footprint(unet, slots, joint, size)
+
+
+class BareBounds(Bounds):
+    """For MODELs that may have no layers of ours: a call needs what the host says, and is taken apart as any other."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def footprint(self, base: Any, shape: Sequence[int], slab: int, frames: int = 0) -> Footprint:
+        return Footprint()
+
+    def hang_on(self, model: ModelPatcher, key: str) -> None:
+        """Repeat calls of this MODEL, a clone, that run out of memory; beside the Bounds of modules it does nothing."""
+        model.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, key, self.sample)
+        model.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, key)
+        model.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, key, self.predict)
 
 
 def _with_run(model_options: dict, run: memory.MemoryRun) -> dict:

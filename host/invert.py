@@ -22,12 +22,14 @@ from tqdm.auto import trange
 from ..motion_modules.errors import ClipError, ModelMismatchError, check_choice
 from ..sampling.inversion import Ascent, Convention, Trajectory, climb, plan_ascent, relative_rmse
 from ..sampling.noise import mark_whole
+from .bounds import BareBounds
 from .reuse import KEY as REUSE
 from .schedule import noise_scale, prediction_of
 
 # Of the host since its first versions; a fixed list, so that saved workflows mean the same on every host.
 SCHEDULERS = ["ddim_uniform", "normal", "simple", "sgm_uniform", "karras", "exponential", "beta", "linear_quadratic",
               "kl_optimal"]  # fmt: skip
+KEY = "latentmotion_inversion"
 CONVENTIONS = [convention.value for convention in Convention]
 
 
@@ -116,7 +118,9 @@ def invert_clip(
     hosts_own = comfy.samplers.KSampler(model, how.steps, "cpu", "euler", how.scheduler, how.denoise)
     sigmas = hosts_own.sigmas.cpu()
     ascent = plan_ascent(sigmas, how.convention, float(sampling.sigma_min), prediction)
-    guider = comfy.samplers.CFGGuider(model)
+    careful = model.clone()
+    BareBounds().hang_on(careful, KEY)
+    guider = comfy.samplers.CFGGuider(careful)
     guider.inner_set_conds({"positive": positive} | ({} if negative is None else {"negative": negative}))
     guider.set_cfg(how.cfg)
     total = ascent.steps * (2 if how.check else 1)

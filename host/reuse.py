@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..sampling.inversion import Trajectory
 from ..sampling.reuse import Reuse, States, sample_clip
+from .bounds import BareBounds
 from .conditioning import ControlSlices, cut_conds
 from .context import ContextWindow
 from .memory import MemoryRun, run_of
@@ -66,6 +67,7 @@ def apply_reuse(
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, run.sample), (WrappersMP.PREPARE_SAMPLING, run.plan_memory)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
+    BareBounds().hang_on(model, KEY)
     return model
 
 
