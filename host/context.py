@@ -18,6 +18,7 @@ from torch import Tensor
 from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
 from ..sampling.windows import Window, WindowPlan
+from .bounds import BareBounds
 from .conditioning import ControlSlices, cut_conds, has_foreign_control
 from .memory import run_of, with_less
 from .preview import Page, show_previews, watching_page
@@ -179,6 +180,7 @@ def apply_context(model: ModelPatcher, context: SlidingContext) -> ModelPatcher:
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, start_run), (WrappersMP.PREPARE_SAMPLING, plan_memory)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
+    BareBounds().hang_on(model, KEY)
     show_previews(model)
     return model
 

@@ -36,6 +36,7 @@ from ..training.loop import Stopped, fit
 from ..training.lora import LowRankSet, attention_layers, published_pairs
 from ..training.recipe import Recipe
 from .dataset import Shelf, as_latents, dataset_of
+from .encode import encode_frames
 from .inflate import KEY, Motion, MotionSettings
 from .motion import MotionModule, check_teachable, patch_motion_lora
 from .progress import Report, TrainingProgress
@@ -183,13 +184,9 @@ def prepare(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: Tra
 
 def encode_pictures(model: ModelPatcher, vae: Any, film: Clip) -> Tensor:
     """Every picture as the model's network sees it. Shapes: -> (frames, c, h/8, w/8), float32 on the CPU."""
-    parts = []
-    for chunk in film.chunks():
-        for pictures in chunk.split(ENCODED_AT_ONCE):
-            comfy.model_management.throw_exception_if_processing_interrupted()
-            parts.append(model.model.process_latent_in(vae.encode(pictures[..., :3])).float().cpu())
+    latents = model.model.process_latent_in(encode_frames(vae, film, ENCODED_AT_ONCE))
     with torch.inference_mode(False):
-        return torch.cat([part.clone() for part in parts])
+        return latents.float().clone()
 
 
 def encode_texts(clip: Any, texts: list[str]) -> dict[str, list]:

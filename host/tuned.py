@@ -204,7 +204,7 @@ class TemporalAttention:
                 return executor(x, t, c_concat, c_crossattn, hints, options, **kwargs)
 
         def lessen() -> str | None:
-            together = not run.apart and len(options.get("cond_or_uncond", ())) > 1
+            together = not run.apart and len(options.get("cond_or_uncond", ())) > 1 or memory.windows_in(options) > 1
             return None if together else run.halve_slab(x.device)  # a wrapper further out takes them apart
 
         return memory.with_less(denoise, lessen, run, x.device)

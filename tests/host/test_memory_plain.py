@@ -1,4 +1,4 @@
-"""MODELs without layers of ours run out of memory, too: clip by clip, and on the way up to noise."""
+"""MODELs without motion modules of ours run out of memory, too: under windows, clip by clip and on the way up."""
 
 from __future__ import annotations
 
@@ -10,12 +10,28 @@ import pytest
 import tiny_host
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from comfy.ldm.wan.model import WanModel
 from helpers_motion import SMALL, relative_error
+from helpers_video import sample, wan
+from latentmotion.host.context import SlidingContext, apply_context
 from latentmotion.host.invert import Inversion, invert_clip
 from latentmotion.host.reuse import apply_reuse
 from latentmotion.sampling.reuse import Reuse
+from latentmotion.sampling.windows import WindowPlan, WindowSchedule
 from test_memory import OUT_OF_MEMORY, run_out, warnings
 from torch import Tensor
+
+LOOP = SlidingContext(WindowPlan(WindowSchedule.LOOPED, 4, 1, closed_loop=True))
+
+
+def of_video_model() -> Callable[[], Tensor]:
+    model = apply_context(wan(), LOOP)
+    return lambda: sample(model, 7, sampler="euler_ancestral")
+
+
+def of_image_model() -> Callable[[], Tensor]:
+    model = apply_context(tiny_host.sd15(**SMALL), LOOP)
+    return lambda: tiny_host.sample(model, 7, sampler="euler_ancestral")
 
 
 def of_reuse() -> Callable[[], Tensor]:
@@ -30,7 +46,8 @@ def of_inversion() -> Callable[[], Tensor]:
     return lambda: invert_clip(model, *words).latent["samples"]
 
 
-@pytest.mark.parametrize(("kind", "network"), [(of_reuse, UNetModel), (of_inversion, UNetModel)])
+@pytest.mark.parametrize(("kind", "network"), [(of_video_model, WanModel), (of_image_model, UNetModel),
+                                               (of_reuse, UNetModel), (of_inversion, UNetModel)])  # fmt: skip
 @pytest.mark.parametrize("place", ["step", "network"])
 def test_running_out_of_memory_changes_nothing(
     kind: Callable, network: Any, place: str, caplog: pytest.LogCaptureFixture
