@@ -8,30 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
-import comfy.sd
 import torch
 from torch import Tensor
 
-from ..host import temporal_vae
 from ..host.vae import EXACT, STREAMING, ClipDecoder, DecodeSettings
-from ..motion_modules.temporal_vae.checkpoint import SVD_WIDTHS, Kind, TemporalVaeFile, layout
+from ..motion_modules.temporal_vae.checkpoint import Kind
 from . import video
 from .side_by_side import device_name, in_turn, median_ratio, peak_bytes, report
+from .vaes import seeded_vae
 
 KEPT = 0.95  # correlation of a latent frame with the one before
-
-
-def seeded_vae() -> comfy.sd.VAE:
-    """The published layout with seeded weights that keep activations finite; frames are mixed half and half."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for name, shape in layout(Kind.SVD, SVD_WIDTHS):
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            weights[name] = noise * noise[0].numel() ** -0.5
-        else:
-            weights[name] = 0.1 * noise + float(name.endswith("weight"))
-    return temporal_vae.build(TemporalVaeFile(Kind.SVD, SVD_WIDTHS, weights))
 
 
 def moving_clip(frames: int, size: int) -> Tensor:
@@ -45,7 +31,7 @@ def moving_clip(frames: int, size: int) -> Tensor:
 
 
 def measure(frames: int, size: int, chunk: int, rounds: int) -> dict[str, float]:
-    vae, latent = seeded_vae(), moving_clip(frames, size)
+    vae, latent = seeded_vae(Kind.SVD), moving_clip(frames, size)
 
     def host(part: Tensor) -> Tensor:
         """One call of the host's decoder on all frames of `part`."""
