@@ -34,9 +34,9 @@ STEPS, SAMPLER = 12, "euler"
 PAPER = Reuse(FRAMES, 4, 4.0, 0.4)
 NAIVE = Reuse(FRAMES, 0, 0.0, 0.0)
 UP = Inversion(steps=25, keep=FRAMES, check=False)
-LATER = {"continue_from": PAPER, "continue_from_M_8": replace(PAPER, prompt_frames=8), "continue_path": PAPER}
-"""Settings of clips that are sampled later than the one they continue: a LATENT, or a video by its path."""
-BASELINES = {"continue_path": "video_naive"}
+LATER = {"": PAPER, "_M_8": replace(PAPER, prompt_frames=8)}
+"""Settings of clips that are sampled later than the LATENT or video they continue, by the end of a row's name."""
+BASELINES = {f"continue_path{end}": "video_naive" for end in LATER}
 """What a row is compared with where that is not `naive`: the same video with a clip sampled apart behind it."""
 ABLATION = {"M": ("prompt_frames", (0, 2, 8)), "alpha": ("alpha", (0.0, 1.0, 8.0)), "beta": ("beta", (0.0, 0.2, 0.8))}
 PARTS = [*ABLATION, "released", "continue_from", "continue_path"]
@@ -110,15 +110,16 @@ def continued(
     """Name and latents of every video whose second clip goes on from a finished one. naive: the clips sampled apart."""
     first, second = naive.split(FRAMES)
     if "continue_from" in only:
-        for name in ("continue_from", "continue_from_M_8"):
-            leading = apply_reuse(model, LATER[name], {"samples": first})
-            yield name, torch.cat([first, make_later(bench, leading, words, seed, kind)])
+        for end, reuse in LATER.items():
+            leading = apply_reuse(model, reuse, {"samples": first})
+            yield f"continue_from{end}", torch.cat([first, make_later(bench, leading, words, seed, kind)])
     if "continue_path" in only:
         video = bench.vae.encode(world.draw(world.clip(words, np.random.default_rng(seed))))
-        yield BASELINES["continue_path"], torch.cat([video, second])
+        yield "video_naive", torch.cat([video, second])
         path = invert_clip(bench.video(), bench.encode(words.text), {"samples": video}, UP).path
-        leading = apply_reuse(model, LATER["continue_path"], path=path)
-        yield "continue_path", torch.cat([video, make_later(bench, leading, words, seed, kind)])
+        for end, reuse in LATER.items():
+            leading = apply_reuse(model, reuse, path=path)
+            yield f"continue_path{end}", torch.cat([video, make_later(bench, leading, words, seed, kind)])
 
 
 def rows(
