@@ -1,34 +1,49 @@
-"""How well the memory of a UNet call is foreseen, and whether a long clip needs more of it than one window.
+"""How well the memory of a UNet call and of decoding is foreseen, and whether a long clip needs more than one window.
 
-The UNet has SD1.5's layout at a fifth of its width. The error is of the bytes alive at once beyond the weights; the
-ratio is the largest call of a long clip's sampling step in windows over the largest of a clip of one window.
+The UNet has SD1.5's layout at a fifth of its width, the decoders the published layout at half of theirs. The errors are
+of the bytes alive at once beyond the weights; the ratio is the largest call of a long clip's sampling step in windows
+over the largest of a clip of one window.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
+import comfy.sd
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 
+from ..host import temporal_vae
 from ..host.bounds import Bounds
 from ..host.context import SlidingContext, apply_context
 from ..host.inflate import KEY, MotionSettings, apply_motion
 from ..host.memory import slab_bytes
 from ..host.motion import MotionModule, manage
+from ..host.vae import EXACT, STREAMING, ClipDecoder, DecodeSettings
 from ..motion_modules.animatediff.checkpoint import MotionFile
 from ..motion_modules.animatediff.network import MotionModel
 from ..motion_modules.animatediff.spec import V2, MotionSpec
+from ..motion_modules.temporal_vae.checkpoint import Kind, Widths
 from .motion import SD15, denoise_call, fill, image_model
 from .side_by_side import device_name, peak_bytes, report
+from .vaes import seeded_vae
 
 WIDTH = 64
+HALF = Widths(64, (1, 2, 4, 4), 2, 4, 4)
+Case = tuple[str, str, int, tuple[int, int, int]]
+CASES: tuple[Case, ...] = (
+    ("svd", EXACT, 1, (24, 4, 8)), ("svd", EXACT, 4, (6, 8, 6)), ("svd", STREAMING, 4, (100, 4, 4)),
+    ("vidrd", EXACT, 2, (20, 4, 4)), ("vidrd", STREAMING, 1, (100, 4, 4)), ("vidrd", STREAMING, 8, (100, 4, 4)),
+    ("image", EXACT, 4, (24, 4, 8)), ("image", STREAMING, 2, (6, 8, 6)),
+)  # fmt: skip
 SHAPES = ((8, 8, 8), (16, 16, 16), (24, 16, 24), (4, 32, 32), (16, 24, 24))  # frames, height, width
 TWO_LEVELS = {
     "channel_mult": [1, 2], "num_res_blocks": [1, 1], "transformer_depth": [0, 1],
@@ -67,6 +82,34 @@ def estimate_errors(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> dict[t
         print(f"  {'x'.join(map(str, shape)):12} estimated {foreseen:8.1f} MiB (UNet {unet:.1f}, motion {motion:.1f}), "
               f"measured {true:8.1f} MiB, {errors[shape]:+.1%}", flush=True)  # fmt: skip
     return errors
+
+
+def decode_errors(cases: Sequence[Case] = CASES, widths: Widths = HALF) -> dict[Case, float]:
+    """Estimate over measured peak of decoding a clip, less one, by (decoder, mode, frames at once, shape)."""
+    vaes, errors = {name: build(widths) for name, build in DECODERS.items()}, {}
+    for case in cases:
+        name, mode, chunk, (frames, height, width) = case
+        latent = torch.randn(frames, 4, height, width, generator=torch.Generator().manual_seed(2))
+        decoder = ClipDecoder(vaes[name], DecodeSettings(mode, chunk))
+        comfy.model_management.load_models_gpu([decoder.vae.patcher], force_full_load=True)
+        measured = peak_bytes(partial(deque, decoder.frames(latent), 0))
+        foreseen = decoder.bytes_needed(latent, chunk)
+        errors[case] = foreseen / measured - 1.0
+        shown = f"{name} {mode}, {chunk} of {frames}x{height}x{width}"
+        print(f"  {shown:32} estimated {foreseen / 2**20:8.1f} MiB, measured {measured / 2**20:8.1f} MiB, "
+              f"{errors[case]:+.1%}", flush=True)  # fmt: skip
+    return errors
+
+
+def image_vae(widths: Widths) -> comfy.sd.VAE:
+    """A VAE of the same build that knows no time, weights as they come."""
+    settings = temporal_vae.decoder_settings(widths)
+    return comfy.sd.VAE(sd={}, config={"params": {"ddconfig": settings, "embed_dim": widths.embedding}})
+
+
+DECODERS: dict[str, Callable[[Widths], comfy.sd.VAE]] = {
+    "svd": partial(seeded_vae, Kind.SVD), "vidrd": partial(seeded_vae, Kind.VIDRD), "image": image_vae,
+}  # fmt: skip
 
 
 def bounds_of(video: ModelPatcher) -> Bounds:
@@ -115,6 +158,7 @@ def main(argv: list[str]) -> int:
     print(f"{len(args.shapes)} shapes, then {args.frames} frames of {size} latents, on {device_name()}")
     with torch.inference_mode():
         figures = {"memory.estimate_error_max": max(map(abs, estimate_errors(args.shapes).values()))}
+        figures["memory.decode_error_max"] = max(map(abs, decode_errors().values()))
         if args.frames:
             figures["memory.long_over_window"] = long_over_window(args.frames, args.size)
     report(figures, args.json)

@@ -13,25 +13,22 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
-from comfy.ldm.modules.temporal_ae import AE3DConv, VideoDecoder, VideoResBlock
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from ..media.clip import Clip
 from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..motion_modules.temporal_vae.decode import Workshop, exact, streaming, work_units
-from ..motion_modules.temporal_vae.plan import Plan, Spatial, Stage, Temporal
+from ..motion_modules.temporal_vae.footprint import footprint
+from ..motion_modules.temporal_vae.plan import Temporal
 from ..sampling.tiles import feather, tiles
 from . import memory
+from .decoder_plan import plan_of
 from .options import EXACT, STREAMING
 from .preview import watching_page
-from .temporal_vae import TemporalConvsDecoder
 from .unet import host_affine
 from .video import StreamedVideo
 
 TILE_SIZES, TILE_OVERLAP = (64, 32), 16  # latent pixels
-# Measured on the host's decoder: elements alive at once per pixel of a frame, and those a stream keeps for the next.
-WORKING_ELEMENTS, STREAM_ELEMENTS = 1000, 4500
 log = logging.getLogger(__name__)
 
 
@@ -78,7 +75,7 @@ class ClipDecoder:
     @property
     def is_temporal(self) -> bool:
         """Whether the decoder looks across frames; otherwise both modes decode frame by frame."""
-        return self.plan is not None
+        return any(isinstance(step, Temporal) for step in self.plan or ())
 
     def size(self, latent: Tensor) -> tuple[int, int, int]:
         """Frames, height and width in pixels of what `frames` yields in all.
@@ -123,12 +120,12 @@ class ClipDecoder:
             )
 
     def _work(self, frames: int) -> int:
-        return frames if self.plan is None else work_units(self.plan, frames, self.settings.mode == STREAMING)
+        return work_units(self.plan, frames, self.settings.mode == STREAMING) if self.is_temporal else frames
 
     def _fitting(self, clip: Tensor) -> int:
         """Frames at once that fit into memory beside the weights, at most those asked for; shown on the node."""
         vae, most = self.vae, max(1, min(self.settings.chunk, len(clip)))
-        need = partial(self._needs, clip)
+        need = partial(self.bytes_needed, clip)
         load = comfy.model_management.load_models_gpu  # makes room, and what is free then counts
         load([vae.patcher], memory_required=need(most), force_full_load=vae.disable_offload)
         chunk, line = memory.fitting(most, need, vae.device, "decoding")
@@ -136,13 +133,15 @@ class ClipDecoder:
             self.page.say(line)
         return chunk
 
-    def _needs(self, clip: Tensor, chunk: int) -> int:
-        """Bytes of decoding so many frames of a clip beside what is parked; of images as the host estimates them."""
+    def bytes_needed(self, clip: Tensor, chunk: int) -> int:
+        """Bytes of decoding so many frames of a clip at once; of builds it does not know as the host estimates them.
+
+        Parked frames are among them where they can only lie in RAM.
+        """
         if self.plan is None:
             return int(self.vae.memory_used_decode((1, *clip.shape[1:]), self.vae.vae_dtype)) * chunk
-        streams = self.settings.mode == STREAMING
-        area = clip.shape[2] * clip.shape[3] * self.vae.spacial_compression_decode() ** 2
-        return area * (WORKING_ELEMENTS * chunk + STREAM_ELEMENTS * streams) * self.vae.vae_dtype.itemsize
+        found = footprint(self.plan, tuple(clip.shape), chunk, self.settings.mode == STREAMING)
+        return (found.peak if self.vae.device.type == "cpu" else found.working) * self.vae.vae_dtype.itemsize
 
     def _clip(self, clip: Tensor, way: _Way, progress: comfy.utils.ProgressBar) -> Iterator[Tensor]:
         """One clip; where memory runs out, again with less of it at once, as `_lessen` says.
@@ -220,7 +219,7 @@ class ClipDecoder:
         yield from canvas.div_(total).movedim(1, -1).split(self.settings.chunk)
 
     def _run(self, clip: Tensor, chunk: int, on_frames: Callable[[int], Any]) -> Iterator[Tensor]:
-        vae, needed = self.vae, self._needs(clip, chunk)
+        vae, needed = self.vae, self.bytes_needed(clip, chunk)
         shop = Workshop(chunk, partial(memory.park, reserve=needed), host_affine, on_frames)
         pieces = self._decoded(clip.to(vae.device, vae.vae_dtype), shop)
         while True:
@@ -236,7 +235,7 @@ class ClipDecoder:
 
     def _decoded(self, clip: Tensor, shop: Workshop) -> Iterator[Tensor]:
         """What the network makes of a clip, chunk by chunk, on its device and in its own range."""
-        if self.plan is not None:
+        if self.is_temporal:
             yield from (streaming if self.settings.mode == STREAMING else exact)(self.plan, clip, shop)
             return
         for part in clip.split(shop.chunk):
@@ -250,52 +249,3 @@ def decode_video(
     """All frames of a LATENT as a VIDEO, decoded while something saves or collects it. Raises as ClipDecoder."""
     decoder, latent = ClipDecoder(vae, settings), samples["samples"]
     return StreamedVideo(Clip(*decoder.size(latent), frame_rate, partial(decoder.frames, latent)))
-
-
-def plan_of(model: nn.Module | None) -> Plan | None:
-    """The layers of a temporal decoder in order, or None for a network that decodes frame by frame.
-
-    Raises ModelMismatchError for a temporal decoder of another build.
-    """
-    decoder = getattr(model, "decoder", None)
-    if isinstance(decoder, VideoDecoder):
-        if decoder.time_mode != "conv-only":
-            raise ModelMismatchError(
-                "This VAE mixes frames by attention, which Temporal VAE Decode does not know. Use "
-                "the VAE Decode node for it."
-            )
-    elif not isinstance(decoder, TemporalConvsDecoder):
-        return None
-    steps: list[Spatial | Temporal] = []
-    if hasattr(model, "post_quant_conv"):
-        steps.append(Spatial(model.post_quant_conv))
-    steps += [Spatial(decoder.conv_in), *_resnet(decoder.mid.block_1)]
-    steps += [Spatial(decoder.mid.attn_1), *_resnet(decoder.mid.block_2)]
-    for level in reversed(range(decoder.num_resolutions)):
-        up = decoder.up[level]
-        for number, block in enumerate(up.block):
-            steps += _resnet(block)
-            steps += [Spatial(layer) for layer in list(up.attn)[number : number + 1]]
-            if isinstance(decoder, TemporalConvsDecoder):
-                stages = tuple(Stage(*pair) for pair in up.temp_convs[number].stages())
-                steps.append(Temporal(stages, lambda x: 1.0, on_single=False))
-        if level:
-            steps.append(Spatial(up.upsample))
-    return (*steps, *_end(decoder))
-
-
-def _resnet(block: nn.Module) -> list[Spatial | Temporal]:
-    if not isinstance(block, VideoResBlock):
-        return [Spatial(partial(block, temb=None))]
-    stack = block.time_stack
-    stages = Stage(stack.in_layers[0], stack.in_layers[2]), Stage(stack.out_layers[0], stack.out_layers[3])
-    weight = lambda x: block.get_alpha(bs=1).to(x)  # noqa: E731
-    return [Spatial(partial(block, temb=None, skip_video=True)), Temporal(stages, weight)]
-
-
-def _end(decoder: nn.Module) -> list[Spatial | Temporal]:
-    conv = decoder.conv_out
-    timed = isinstance(conv, AE3DConv)
-    last = partial(conv, skip_video=True) if timed else conv
-    steps: list[Spatial | Temporal] = [Spatial(lambda x: last(functional.silu(decoder.norm_out(x), inplace=True)))]
-    return [*steps, Temporal((Stage(None, conv.time_mix_conv),))] if timed else steps

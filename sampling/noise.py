@@ -17,7 +17,7 @@ class NoiseKind(str, Enum):
 
 
 def mark_whole(noise: Tensor) -> Tensor:
-    """Mark noise that was found for a whole clip, frame by frame; it is nobody's to arrange. Returns the same tensor."""
+    """Mark noise that was found frame by frame for a whole clip, and is nobody's to arrange. Returns the tensor."""
     noise.latentmotion_whole = True
     return noise
 

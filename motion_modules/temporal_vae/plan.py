@@ -11,9 +11,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Spatial:
-    """Layers that treat every frame alone: (n, c, h, w) -> (n, c', h', w')."""
+    """Layers that treat every frame alone: (n, c, h, w) -> (n, c', h', w').
+
+    channels: c'. scale: h' / h = w' / w. held: from h' w' to the most elements of a frame that are alive while the
+    layers run, those that come in and go out included.
+    """
 
     layer: Callable[[Tensor], Tensor]
+    channels: int
+    held: Callable[[int], int]
+    scale: int = 1
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def test_free_memory_chooses_the_chunk_and_no_pixel(
     expected = decoded(svd, latent, mode, 8)
     decoder = ClipDecoder(svd, DecodeSettings(mode, 8))
     for frames in (8, 2, 1):
-        room = decoder._needs(latent, frames)
+        room = decoder.bytes_needed(latent, frames)
         monkeypatch.setattr(memory, "_free", lambda device, room=room: (room + 5, 5))
         with caplog.at_level(logging.INFO):
             chunks = list(decoder.frames(latent))
@@ -205,7 +205,7 @@ def test_free_memory_chooses_the_chunk_and_no_pixel(
 def test_a_vae_for_images_gets_fewer_frames_too(monkeypatch: pytest.MonkeyPatch) -> None:
     vae, latent = image_vae(), clip(5)
     expected = vae.decode(latent)
-    one = vae.memory_used_decode(latent[:1].shape, vae.vae_dtype)
+    one = ClipDecoder(vae).bytes_needed(latent, 1)
     monkeypatch.setattr(memory, "_free", lambda device: (3.5 * one, 0))
     chunks = list(ClipDecoder(vae).frames(latent))
     assert [len(part) for part in chunks] == [2, 2, 1]

@@ -15,10 +15,12 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.model_patcher import ModelPatcher
 from helpers_motion import SMALL, SMALL_WIDTHS, Pair, motion_module, relative_error
-from latentmotion.bench.memory import bounds_of, estimate_errors
+from latentmotion.bench.memory import bounds_of, decode_errors, estimate_errors
+from latentmotion.bench.vaes import THIN
 from latentmotion.host import memory
 from latentmotion.host.context import SlidingContext, apply_context
 from latentmotion.host.memory import LEAST_SLAB, MemoryRun, slab_bytes, with_less
+from latentmotion.host.vae import EXACT, STREAMING
 from latentmotion.motion_modules.animatediff.network import FeedForward, TemporalAttention
 from latentmotion.sampling.windows import WindowPlan
 
@@ -206,3 +208,10 @@ def test_a_long_clip_reserves_one_window(context_first: bool, small: Pair, monke
 def test_the_estimate_is_near_what_is_measured() -> None:
     errors = estimate_errors(((4, 16, 16), (8, 8, 8)))
     assert max(map(abs, errors.values())) < 0.25
+
+
+def test_the_memory_of_decoding_is_near_what_is_measured() -> None:
+    clip = (60, 4, 4)
+    cases = [("svd", EXACT, 4, clip), ("svd", STREAMING, 2, clip), ("vidrd", EXACT, 1, clip),
+             ("vidrd", STREAMING, 4, clip), ("image", EXACT, 8, clip)]  # fmt: skip
+    assert max(map(abs, decode_errors(cases, THIN).values())) < 0.25

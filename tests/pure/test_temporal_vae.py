@@ -39,7 +39,11 @@ class Decoder(nn.Module):
     def plan(self) -> Plan:
         blocks = [Temporal(tuple(Stage(*pair) for pair in block.stages()), lambda x, weight=weight: weight)
                   for weight, block in zip((0.3, 1.0), self.blocks, strict=True)]  # fmt: skip
-        return (Spatial(self.conv_in), *blocks, Spatial(self.conv_out), Temporal((Stage(None, self.time),)))
+        return (conv(self.conv_in), *blocks, conv(self.conv_out), Temporal((Stage(None, self.time),)))
+
+
+def conv(layer: nn.Conv2d) -> Spatial:
+    return Spatial(layer, layer.out_channels, lambda pixels: (layer.in_channels + layer.out_channels) * pixels)
 
 
 @pytest.fixture(scope="module")
