@@ -45,16 +45,18 @@ class DecodeSettings:
 class _Way:
     """How the frames of one video are decoded; it lasts for all clips, so that they are alike.
 
-    chunk: frames at once. tile: latent pixels, 0: whole frames. begun: some were given out, so `tile` stays.
+    chunk: frames at once. tile: latent pixels, 0: whole frames. begun: some were given out, so `tile` stays. told: the
+    user knows that there are fewer frames at once.
     """
 
     chunk: int
     tile: int = 0
     begun: bool = False
+    told: bool = False
 
     @property
     def words(self) -> str:
-        return f"in tiles of {self.tile} latent pixels" if self.tile else f"with {self.chunk} frames at once"
+        return f"in tiles of {self.tile} latent pixels" if self.tile else f"with {self.chunk} frames at once or fewer"
 
 
 class ClipDecoder:
@@ -188,7 +190,9 @@ class ClipDecoder:
                     f"There is not enough memory to decode one frame, not even in tiles ({failure}). Close other "
                     "programs, make smaller frames, or start ComfyUI with --cpu-vae."
                 )
-        log.warning("Out of memory while decoding; going on %s.", way.words)
+        if way.tile or not way.told:
+            log.warning("Out of memory while decoding; going on %s.", way.words)
+        way.told = True
         if way.tile and self.page is not None:
             self.page.say(f"decoding {way.words}, which changes brightness a little")
 

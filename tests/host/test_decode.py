@@ -175,7 +175,10 @@ def out_of_memory(layer: nn.Module, refuse: Callable[[Tensor], bool], error: Exc
 
 @pytest.mark.parametrize("mode", [EXACT, STREAMING])
 @pytest.mark.parametrize("error", [None, RuntimeError("DefaultCPUAllocator: not enough memory")], ids=["GPU", "CPU"])
-def test_out_of_memory_means_fewer_frames_at_once(svd: comfy.sd.VAE, mode: str, error: Exception | None) -> None:
+def test_out_of_memory_means_fewer_frames_at_once(
+    svd: comfy.sd.VAE, mode: str, error: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The user is told once, although eight frames become four and then two."""
     latent = clip(LONG)
     expected = decoded(svd, latent, mode)
     handle = out_of_memory(svd.first_stage_model.decoder.mid.attn_1, lambda x: len(x) > 2, error)
@@ -183,6 +186,7 @@ def test_out_of_memory_means_fewer_frames_at_once(svd: comfy.sd.VAE, mode: str, 
         assert_same(decoded(svd, latent, mode, 8), expected)
     finally:
         handle.remove()
+    assert sum("Out of memory while decoding" in record.message for record in caplog.records) == 1
 
 
 @pytest.mark.parametrize("mode", [EXACT, STREAMING])
