@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..motion_modules.animatediff.spec import Schedule
 from ..motion_modules.errors import CheckpointError, check_choice
+from ..motion_modules.temporal_vae.decode import EXACT, STREAMING
 from ..motion_modules.tune_a_video.attention import Reach
 from ..motion_modules.tune_a_video.checkpoint import QUERIES
 from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
@@ -40,7 +41,6 @@ WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
 FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
 GUIDANCES = [guidance.value for guidance in Guidance]
-EXACT, STREAMING = "exact", "streaming"
 DECODE_MODES = [EXACT, STREAMING]
 REACHES = [reach.value for reach in Reach]
 GO_ON, START_OVER = "go on", "start over"

@@ -17,13 +17,12 @@ from torch import Tensor
 
 from ..media.clip import Clip
 from ..motion_modules.errors import ClipError, ModelMismatchError
-from ..motion_modules.temporal_vae.decode import Workshop, exact, streaming, work_units
+from ..motion_modules.temporal_vae.decode import EXACT, STREAMING, Workshop, exact, streaming, work_units
 from ..motion_modules.temporal_vae.footprint import footprint
 from ..motion_modules.temporal_vae.plan import Temporal
 from ..sampling.tiles import feather, tiles
 from . import memory
 from .decoder_plan import plan_of
-from .options import EXACT, STREAMING
 from .preview import watching_page
 from .unet import host_affine
 from .video import StreamedVideo

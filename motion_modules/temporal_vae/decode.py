@@ -18,6 +18,7 @@ from ..norm import plain_affine
 from .flow import Fetch, Flow, Piece, branch, convolve, merge, normalise, spatial
 from .plan import Plan, Spatial, Statistics, for_clip, measure, norms_of, pool
 
+EXACT, STREAMING = "exact", "streaming"  # names of the two ways
 SURVEY_FRAMES = 16
 Gate = Callable[[Flow, nn.GroupNorm, bool], Flow]
 

@@ -14,9 +14,9 @@ import torch
 from helpers_vae import clip, image_vae, svd_vae, vidrd_vae
 from latentmotion.host import memory
 from latentmotion.host import vae as host_vae
-from latentmotion.host.options import EXACT, STREAMING
 from latentmotion.host.vae import ClipDecoder, DecodeSettings
 from latentmotion.motion_modules.temporal_vae import decode, flow
+from latentmotion.motion_modules.temporal_vae.decode import EXACT, STREAMING
 from torch import Tensor, nn
 
 FRAMES, SURVEYED, CHUNK = 8, 4, 4
