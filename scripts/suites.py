@@ -18,6 +18,16 @@ from hosts import ROOT, Host, others
 
 SUITES = ("pure", "host", "e2e")
 NOTHING_COLLECTED = 5
+WORKER_GIB = 8
+"""Memory of the machine that a worker process may count on."""
+
+
+def workers() -> int:
+    """How many processes share a suite: one a core, as a test takes one, and no more than fit into memory."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    return max(1, min(os.cpu_count() or 1, int(memory / WORKER_GIB), 8))
 
 
 @dataclass
@@ -50,12 +60,13 @@ class Tally:
 
 @dataclass(frozen=True)
 class Suite:
-    """One pytest process: what to collect, with which Python and host."""
+    """One pytest process: what to collect, with which Python and host. workers: processes that share its files."""
 
     title: str
     paths: tuple[str, ...]
     python: Path
     host: Host | None = None
+    workers: int = 1
 
     def run(self, options: Sequence[str], tally: Tally) -> None:
         """Run it and add its results to `tally`."""
@@ -66,7 +77,9 @@ class Suite:
         if self.host is not None:
             environment["COMFYUI_PATH"] = str(self.host.path)
         say(f"\n== {self.title} ==")
-        command = [str(self.python), "-m", "pytest", "-q", "-rs", f"--junitxml={report}", *self.paths, *options]
+        arguments = ["-n", str(self.workers), "--dist", "loadfile"] if self.workers > 1 else []
+        arguments += [f"--junitxml={report}", *self.paths, *options]
+        command = [str(self.python), "-m", "pytest", "-q", "-rs", *arguments]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
         tally.read(report, code, self.title)
 
@@ -110,11 +123,12 @@ def run_tests(main: Host, cache: Path, arguments: Sequence[str]) -> int:
     """Every suite that the arguments ask for; 0 when nothing failed."""
     paths, options = split_arguments(arguments)
     tally = Tally()
-    python = main.python(cache, "pytest", "hypothesis")
-    suites = [Suite("pure", paths["pure"], python)] if "pure" in paths else []
+    python = main.python(cache, "pytest", "hypothesis", "xdist")
+    share = workers()
+    suites = [Suite("pure", paths["pure"], python, workers=share)] if "pure" in paths else []
     if "host" in paths:
         for host, its_python in [(main, python), *further_hosts(main, cache, tally)]:
-            suites.append(Suite(f"host {host.version}", paths["host"], its_python, host))
+            suites.append(Suite(f"host {host.version}", paths["host"], its_python, host, share))
     if "e2e" in paths:
         suites.append(Suite("e2e", paths["e2e"], python, main))
     for suite in suites:

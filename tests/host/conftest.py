@@ -16,11 +16,18 @@ import pack
 import pytest
 
 
+def only_hands_out(config: pytest.Config) -> bool:
+    """Whether this process runs no test itself, as its workers do (pytest -n)."""
+    return bool(config.getoption("numprocesses", None)) and not hasattr(config, "workerinput")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Load the host once, before any test module of this folder is imported."""
     path = os.environ.get("COMFYUI_PATH")
     if not path:
         raise pytest.UsageError("tests/host needs a ComfyUI: set COMFYUI_PATH, or run `python3 scripts/run.py test`")
+    if only_hands_out(config):
+        return
     # Small tensors on a busy machine: two threads that wait for each other were measured ten times slower than one.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     base = tempfile.mkdtemp(prefix="latentmotion-host-")
@@ -32,6 +39,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    if only_hands_out(config):
+        return f"host: {os.environ['COMFYUI_PATH']}"
     from comfyui_version import __version__
 
     return f"host: ComfyUI {__version__} in {os.environ['COMFYUI_PATH']}"

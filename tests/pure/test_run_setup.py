@@ -301,6 +301,27 @@ def test_results_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, c
     assert "exit code 3 in crash" in capfd.readouterr().out
 
 
+def test_a_suite_is_shared_by_workers_file_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    note = "import os, pathlib\ndef test_{0}(): pathlib.Path(f'{1}-{{os.getpid()}}').touch()\n"
+    for name in ("one", "two"):
+        (tmp_path / f"test_{name}.py").write_text("".join(note.format(part, name) for part in "abc"))
+    tally = suites.Tally()
+    suites.Suite("shared", ("test_one.py", "test_two.py"), Path(sys.executable), workers=2).run([], tally)
+    assert tally.closing_line() == "6 passed, 0 failed, 0 skipped"
+    workers = [path.name.split("-") for path in tmp_path.glob("*-*") if path.is_file()]
+    assert sorted(name for name, _ in workers) == ["one", "two"] and len({pid for _, pid in workers}) == 2
+
+
+def test_workers_fit_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"SC_PHYS_PAGES": 24 * 2**18, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(suites.os, "sysconf", sizes.get)
+    for cores, gib, expected in ((2, 24, 2), (16, 24, 3), (16, 4, 1), (64, 512, 8), (None, 64, 1)):
+        sizes["SC_PHYS_PAGES"] = gib * 2**18
+        monkeypatch.setattr(suites.os, "cpu_count", lambda cores=cores: cores)
+        assert suites.workers() == expected
+
+
 def test_measurements_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "ROOT", tmp_path)
     (tmp_path / "bench").mkdir()
