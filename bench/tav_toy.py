@@ -1,7 +1,8 @@
 """Tune-A-Video on the toy world: clips on curved paths, tuned on, inverted, and sampled with other captions.
 
 Everything goes as a graph would: Tune Video Model on the pictures, DDIM Inversion with the tuned model and an empty
-prompt, the host's sampler from the inverted noise. The oracle reads the edited clips frame by frame.
+prompt (with `standardise` for edits of the ground), the host's sampler from the inverted noise. The oracle reads the
+edited clips frame by frame.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=3e-3, warmup=0,
 STEPS, CFG, SAMPLER, SCHEDULER = 10, 2.0, "euler", "karras"
 KINDS = ("shape", "colour", "ground")
 """What of a caption is edited, one at a time."""
+STANDARDISED = ("ground",)
+"""Edits that start at standardised noise: what inversion finds in few steps holds on to the ground's colour."""
 PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
@@ -104,25 +107,29 @@ def tuned(bench: Bench, clip: Source, reach: Reach) -> Any:
         return tune_video_model(bench.unet, bench.clip, bench.vae, clip.pictures, clip.words.text, how)
 
 
-def edited(bench: Bench, model: Any, clip: Source, captions: list[Words], seed: int | None = None) -> list[Tensor]:
-    """The clip with each of the captions: from its inverted noise, or from that of a seed."""
+def edited(bench: Bench, model: Any, clip: Source, captions: dict[str, Words], seed: int | None = None) -> list[Tensor]:
+    """The clip with each of the captions, by kind of edit: from its inverted noise, or from that of a seed."""
     latents = clip.latents
     if seed is None:
-        how, latent = Inversion(steps=STEPS, scheduler=SCHEDULER, check=False), {"samples": latents}
-        way = invert_clip(model, conditioning(bench, ""), latent, how)
-        noise, sigmas = way.noise.generate_noise(latent), way.sigmas
-    else:
-        latents, noise = torch.zeros_like(latents), comfy.sample.prepare_noise(latents, seed)
-        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
-    return [sample(bench, model, words, latents, noise, sigmas) for words in captions]
+        starts = {on: inverted(bench, model, latents, on) for on in {kind in STANDARDISED for kind in captions}}
+        return [sample(bench, model, words, latents, *starts[kind in STANDARDISED]) for kind, words in captions.items()]
+    latents, noise = torch.zeros_like(latents), comfy.sample.prepare_noise(latents, seed)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
+    return [sample(bench, model, words, latents, noise, sigmas) for words in captions.values()]
+
+
+def inverted(bench: Bench, model: Any, latents: Tensor, standardise: bool) -> tuple[Tensor, Tensor]:
+    """Noise and schedule, from DDIM Inversion with an empty prompt."""
+    how = Inversion(steps=STEPS, scheduler=SCHEDULER, check=False, standardise=standardise)
+    way = invert_clip(model, conditioning(bench, ""), {"samples": latents}, how)
+    return way.noise.generate_noise({"samples": latents}), way.sigmas
 
 
 def arms(bench: Bench, clip: Source, number: int, parts: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
     """Edited clips with everything, and with one part left out each. The first is the source's own caption, sampled
     with everything."""
-    captions = list(clip.edits.values())
-    model = tuned(bench, clip, Reach.SPARSE)
-    back, *made = edited(bench, model, clip, [clip.words, *captions])
+    captions, model = clip.edits, tuned(bench, clip, Reach.SPARSE)
+    back, *made = edited(bench, model, clip, {"source": clip.words, **captions})
     yield "source", [back]
     yield "full", made
     if "without_inversion" in parts:

@@ -21,7 +21,7 @@ from tqdm.auto import trange
 
 from ..motion_modules.errors import ClipError, ModelMismatchError, check_choice
 from ..sampling.inversion import Ascent, Convention, Trajectory, climb, plan_ascent, relative_rmse
-from ..sampling.noise import mark_whole
+from ..sampling.noise import mark_whole, standardise
 from .bounds import BareBounds
 from .reuse import KEY as REUSE
 from .schedule import noise_scale, prediction_of
@@ -37,7 +37,7 @@ CONVENTIONS = [convention.value for convention in Convention]
 class Inversion:
     """How a clip is inverted. denoise: share of the way to pure noise. keep: frames from the end whose path is kept.
 
-    check: sample the result back, to measure the error.
+    check: sample the result back, to measure the error. standardise: of the noise found, see `sampling.noise`.
     """
 
     steps: int = 50
@@ -47,6 +47,7 @@ class Inversion:
     convention: Convention = Convention.RELEASED
     keep: int = 0
     check: bool = True
+    standardise: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +95,20 @@ class InvertedNoise:
 
 
 def read_inversion(
-    *, steps: int, scheduler: str, denoise: float, cfg: float, convention: str, keep_frames: int, reconstruct: bool
+    *,
+    steps: int,
+    scheduler: str,
+    denoise: float,
+    cfg: float,
+    convention: str,
+    keep_frames: int,
+    reconstruct: bool,
+    standardise: bool = False,
 ) -> Inversion:
     """Translate the widgets of DDIM Inversion. Raises ValueError for a choice that does not exist."""
     for name, choice, known in (("scheduler", scheduler, SCHEDULERS), ("convention", convention, CONVENTIONS)):
         check_choice(name, choice, known)
-    return Inversion(steps, scheduler, denoise, cfg, Convention(convention), keep_frames, reconstruct)
+    return Inversion(steps, scheduler, denoise, cfg, Convention(convention), keep_frames, reconstruct, standardise)
 
 
 def invert_clip(
@@ -114,6 +123,9 @@ def invert_clip(
     if negative is None and how.cfg != 1.0:
         raise ClipError(f"cfg is {how.cfg:g} and needs a negative prompt as well. Connect one to negative, or set cfg "
                         "to 1, which is usual for inversion.")  # fmt: skip
+    if how.standardise and how.denoise < 1.0:
+        raise ClipError(f"standardise is on and denoise is {how.denoise:g}, where the noisy clip is not noise alone. "
+                        "Set denoise to 1, or switch standardise off.")  # fmt: skip
     sampling = model.get_model_object("model_sampling")
     hosts_own = comfy.samplers.KSampler(model, how.steps, "cpu", "euler", how.scheduler, how.denoise)
     sigmas = hosts_own.sigmas.cpu()
@@ -128,6 +140,8 @@ def invert_clip(
     keep = min(how.keep, len(samples)) if samples.ndim == 4 else 0
     way = WayUp(ascent, keep)
     top = _run(guider, samples, way.sampler(), ascent.heard, lambda i, x0, x, _: told(i, x0, x, total))
+    if how.standardise:
+        top = _standardised(model, top, sigmas)
     error = nan
     if how.check:
         euler = comfy.samplers.sampler_object("euler")
@@ -154,6 +168,12 @@ def _clean(model: ModelPatcher, latent: dict) -> Tensor:
         raise ModelMismatchError("This MODEL has Reuse and Diffuse, which leads clips and would lead this one astray. "
                                  "Connect the MODEL from before that node.")  # fmt: skip
     return samples
+
+
+def _standardised(model: ModelPatcher, top: Tensor, sigmas: Tensor) -> Tensor:
+    """The noisy clip from noise of mean 0 and deviation 1. Shapes: as a LATENT holds it -> the same."""
+    into, out_of = (model.get_model_object(f"process_latent_{way}") for way in ("in", "out"))
+    return out_of(standardise(into(top)) * noise_scale(model.get_model_object("model_sampling"), sigmas))
 
 
 def _run(guider: Any, samples: Tensor, sampler: Any, sigmas: Tensor, callback: Callable) -> Tensor:

@@ -26,6 +26,13 @@ class DdimInversion(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Needed for a cfg other than 1 only."
                 ),
+                io.Boolean.Input(
+                    "standardise",
+                    default=False,
+                    optional=True,
+                    tooltip="Gives the noise mean 0 and deviation 1 in every frame and channel. For edits of the "
+                    "ground, whose colour the noise of few steps holds on to. The clip comes back less close.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(

@@ -26,6 +26,17 @@ def is_whole(noise: Tensor) -> bool:
     return getattr(noise, "latentmotion_whole", False)
 
 
+def standardise(noise: Tensor) -> Tensor:
+    """Give each channel of each frame mean 0 and deviation 1, as fresh noise has. Shapes: (..., h, w) -> the same.
+
+    Noise that was found by inversion in few steps is weaker than that, and its means hold the clip's colours, so that a
+    sampler keeps them whatever the prompt says.
+    """
+    middle = noise - noise.mean((-2, -1), keepdim=True)
+    deviation = middle.square().mean((-2, -1), keepdim=True).sqrt()
+    return middle / deviation.clamp(min=torch.finfo(noise.dtype).tiny)
+
+
 def arrange_noise(noise: Tensor, kind: NoiseKind, length: int, overlap: int, axis: int, seed: int) -> Tensor:
     """Make later frames reuse the noise of the first window, so that windows agree more.
 

@@ -6,12 +6,12 @@ import comfy.model_patcher
 import comfy.sd
 import tiny_host
 import torch
-from comfy.ldm.models.autoencoder import AutoencodingEngine
+from latentmotion.bench.vaes import THIN, seeded_weights, svd_network
 from latentmotion.host import temporal_vae
-from latentmotion.motion_modules.temporal_vae.checkpoint import Kind, TemporalVaeFile, Widths, layout
+from latentmotion.motion_modules.temporal_vae.checkpoint import Kind, TemporalVaeFile, Widths
 from torch import Tensor
 
-TINY = Widths(channels=32, factors=(1, 1, 1, 1), blocks=1, latent=4, embedding=4)
+TINY = THIN
 
 
 def clip(frames: int, seed: int = 0, height: int = 3, width: int = 2) -> Tensor:
@@ -22,36 +22,14 @@ def clip(frames: int, seed: int = 0, height: int = 3, width: int = 2) -> Tensor:
 
 def random_weights(kind: Kind, widths: Widths, seed: int = 0) -> dict[str, Tensor]:
     """Every tensor of a temporal VAE under the host's names, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = {}
-    for name, shape in layout(kind, widths):
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) > 1:
-            weights[name] = noise * noise[0].numel() ** -0.5
-        else:
-            weights[name] = 0.3 * noise + (name.endswith("weight") and 1.0)
-    return weights
-
-
-def engine(widths: Widths, **changes: object) -> AutoencodingEngine:
-    """The network that the host builds for Stable Video Diffusion's VAE, at any width, weights not set."""
-    settings = temporal_vae.decoder_settings(widths) | changes
-    place = "comfy.ldm.modules."
-    return AutoencodingEngine(
-        regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
-        encoder_config={"target": f"{place}diffusionmodules.model.Encoder", "params": settings},
-        decoder_config={
-            "target": f"{place}temporal_ae.VideoDecoder",
-            "params": settings | {"video_kernel_size": [3, 1, 1], "alpha": 0.0},
-        },
-    ).eval()
+    return seeded_weights(kind, widths, seed, spread=0.3)
 
 
 def svd_vae(seed: int = 0, dtype: torch.dtype | None = None) -> comfy.sd.VAE:
     """A VAE as the host makes it of an SVD checkpoint, but small."""
     with torch.inference_mode(False):
         vae = image_vae(dtype=dtype)
-        network = tiny_host.randomize(engine(TINY), seed).to(vae.vae_dtype)
+        network = tiny_host.randomize(svd_network(TINY), seed).to(vae.vae_dtype)
         vae.first_stage_model = network
         vae.patcher = comfy.model_patcher.ModelPatcher(network, vae.device, vae.patcher.offload_device)
     return vae

@@ -19,6 +19,7 @@ from helpers_motion import Pair, relative_error
 from latentmotion.host.context import SlidingContext, apply_context
 from latentmotion.host.invert import Inversion, Inverted, invert_clip
 from latentmotion.host.reuse import apply_reuse
+from latentmotion.host.schedule import noise_scale
 from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
 from latentmotion.sampling.inversion import Convention, Prediction, invert, plan_ascent
 from latentmotion.sampling.noise import NoiseKind
@@ -152,6 +153,23 @@ def test_the_noise_starts_a_sampler_at_the_inverted_clip(scheduler: str, windowe
     assert highest == (scheduler == "karras")
     with pytest.raises(ClipError, match="is 3x4x8x8 and the inverted clip 4x4x8x8 .* went into DDIM Inversion"):
         found.noise.generate_noise(clip(3))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim_uniform", "karras"])
+def test_standardised_noise_is_as_fresh_noise(scheduler: str, pair: Pair) -> None:
+    """Mean 0 and deviation 1 in every channel of every frame; the pattern in it and the path stay."""
+    model, latent = formula(pair.plain), clip()
+    latent["samples"] += 3.0
+    found, other = (up(model, latent, scheduler=scheduler, keep=2, standardise=on) for on in (True, False))
+    scale = noise_scale(model.get_model_object("model_sampling"), found.sigmas)
+    empty = {"samples": torch.zeros_like(latent["samples"])}
+    noise, before = (x.noise.generate_noise(empty).flatten(2) for x in (found, other))
+    assert noise.mean(2).abs().max() < 1e-5 and (noise.std(2, correction=0) - 1).abs().max() < 1e-5
+    assert before.mean(2).abs().max() > 0.01 and (before.std(2) - 1).abs().max() > 0.01
+    assert relative_error(found.latent["samples"] * 0.18215 / scale, noise.unflatten(2, (8, 8))) < 1e-5
+    straight = (before - before.mean(2, keepdim=True)) / before.std(2, correction=0, keepdim=True)
+    assert relative_error(noise, straight) < 1e-5
+    assert torch.equal(found.path.states, other.path.states) and found.error > other.error
 
 
 def test_masks_belong_to_the_noise_and_not_to_the_noisy_clip(pair: Pair, run_node: Callable) -> None:
@@ -311,6 +329,7 @@ MISTAKES: dict[str, tuple[Callable[[Pair], ModelPatcher], dict, dict, str]] = {
     "no frames": (lambda pair: pair.plain, {"samples": torch.zeros(0, 4, 8, 8)}, {}, "The latent is empty"),
     "another VAE": (lambda pair: pair.plain, {"samples": torch.ones(4, 16, 8, 8)}, {}, "16 channels .* samples 4"),
     "guidance alone": (lambda pair: pair.plain, clip(), {"cfg": 7.5}, "cfg is 7.5 and needs a negative prompt"),
+    "part of the way": (lambda pair: pair.plain, clip(), {"standardise": True, "denoise": 0.5}, "denoise is 0.5"),
     "clip by clip": (lambda pair: apply_reuse(pair.plain, Reuse(4)), clip(), {}, "has Reuse and Diffuse"),
 }
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import comfy.sd
 import pytest
 import torch
-from helpers_vae import TINY, clip, engine, random_weights
+from helpers_vae import TINY, clip, random_weights
+from latentmotion.bench.vaes import svd_network
 from latentmotion.host import temporal_vae
 from latentmotion.host.vae import EXACT, ClipDecoder, DecodeSettings
 from latentmotion.motion_modules.errors import CheckpointError
@@ -92,7 +93,7 @@ def test_diffusers_svd_decodes_and_encodes_as_in_diffusers() -> None:
     network = randomize(library.AutoencoderKLTemporalDecoder(**sizes(2))).eval()
     file = read_temporal_vae(network.state_dict(), "vae.safetensors")
     assert file.kind is Kind.SVD and file.widths == Widths(32, (1, 1, 1, 1), 2, 4, None)
-    ours = engine(file.widths)
+    ours = svd_network(file.widths)
     ours.load_state_dict(file.weights)
     z = clip(FRAMES)
     expected = network.decode(z, num_frames=FRAMES).sample
@@ -105,7 +106,7 @@ def test_diffusers_svd_decodes_and_encodes_as_in_diffusers() -> None:
 
 def test_layouts_are_those_of_the_networks() -> None:
     with torch.device("meta"):
-        host = engine(SVD_WIDTHS).state_dict()
+        host = svd_network(SVD_WIDTHS).state_dict()
     assert dict(layout(Kind.SVD, SVD_WIDTHS)) == {key: tuple(tensor.shape) for key, tensor in host.items()}
     library = pytest.importorskip("diffusers")
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from latentmotion.sampling.inversion import (
     plan_ascent,
     relative_rmse,
 )
+from latentmotion.sampling.noise import standardise
 from latentmotion.sampling.windows import PlanError
 from torch import Tensor
 
@@ -163,6 +164,16 @@ def test_a_path_is_known_between_its_levels() -> None:
     assert not torch.equal(prolonged, states[-1]) and torch.isfinite(prolonged).all()
     with pytest.raises(PlanError, match="Set denoise of DDIM Inversion to 1"):
         path.at(float(ascent.levels[-1] * 2))
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (2, 4, 5, 8, 8)])
+def test_noise_is_standardised_frame_by_frame(shape: tuple[int, ...]) -> None:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.rand(*shape[:-2], 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    straight = standardise(noise)
+    torch.testing.assert_close(standardise(weights * noise - 3 * weights), straight)
+    torch.testing.assert_close(straight.std((-2, -1), correction=0), torch.ones(shape[:-2], dtype=torch.float64))
+    assert standardise(torch.full(shape, 2.0)).abs().max() == 0.0  # nothing to be seen stays nothing
 
 
 def test_nothing_is_changed_in_place() -> None:
