@@ -18,6 +18,8 @@ from hosts import ROOT, Host, others
 
 SUITES = ("pure", "host", "e2e")
 NOTHING_COLLECTED = 5
+BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
+"""How tests are handed to workers: in order, so that a file of few and long tests is not left for the end."""
 WORKER_GIB = 8
 """Memory of the machine that a worker process may count on."""
 
@@ -77,7 +79,7 @@ class Suite:
         if self.host is not None:
             environment["COMFYUI_PATH"] = str(self.host.path)
         say(f"\n== {self.title} ==")
-        arguments = ["-n", str(self.workers), "--dist", "loadfile"] if self.workers > 1 else []
+        arguments = ["-n", str(self.workers), *BY_FILE] if self.workers > 1 else []
         arguments += [f"--junitxml={report}", *self.paths, *options]
         command = [str(self.python), "-m", "pytest", "-q", "-rs", *arguments]
         code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
