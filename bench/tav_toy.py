@@ -32,7 +32,7 @@ from .toy import FIRST_SEED, Bench
 
 RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=3e-3, warmup=0, final_rate=1.0, average=0.0, seed=33,
                 beta2=0.999)  # fmt: skip
-STEPS, CFG, SAMPLER, SCHEDULER = 10, 2.0, "euler", "karras"
+STEPS, CFG, SAMPLER, SCHEDULER = 8, 3.0, "euler", "karras"
 KINDS = ("shape", "colour", "ground")
 """What of a caption is edited, one at a time."""
 STANDARDISED = ("ground",)
