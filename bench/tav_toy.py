@@ -35,8 +35,9 @@ RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=3e-3, warmup=0,
 STEPS, CFG, SAMPLER, SCHEDULER = 8, 3.0, "euler", "karras"
 KINDS = ("shape", "colour", "ground")
 """What of a caption is edited, one at a time."""
-STANDARDISED = ("ground",)
-"""Edits that start at standardised noise: what inversion finds in few steps holds on to the ground's colour."""
+STANDARDISED = {"ground": 2.0}
+"""Edits that start at standardised noise, and their cfg: what inversion finds in few steps holds on to the ground's
+colour. From such noise less guidance is enough, and more of it makes colours glaring."""
 PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
@@ -90,11 +91,13 @@ def conditioning(bench: Bench, text: str) -> Any:
     return bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(text))
 
 
-def sample(bench: Bench, model: Any, words: Words, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+def sample(
+    bench: Bench, model: Any, words: Words, latents: Tensor, noise: Tensor, sigmas: Tensor, cfg: float = CFG
+) -> Tensor:
     """As SamplerCustomAdvanced. Shapes: latents, noise (f, 4, h/8, w/8) -> pictures (f, h, w, 3)."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning(bench, words.text), conditioning(bench, ""))
-    guider.set_cfg(CFG)
+    guider.set_cfg(cfg)
     sampler = comfy.samplers.sampler_object(SAMPLER)
     return bench.vae.decode(guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=0))
 
@@ -112,7 +115,8 @@ def edited(bench: Bench, model: Any, clip: Source, captions: dict[str, Words], s
     latents = clip.latents
     if seed is None:
         starts = {on: inverted(bench, model, latents, on) for on in {kind in STANDARDISED for kind in captions}}
-        return [sample(bench, model, words, latents, *starts[kind in STANDARDISED]) for kind, words in captions.items()]
+        return [sample(bench, model, words, latents, *starts[kind in STANDARDISED], STANDARDISED.get(kind, CFG))
+                for kind, words in captions.items()]  # fmt: skip
     latents, noise = torch.zeros_like(latents), comfy.sample.prepare_noise(latents, seed)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
     return [sample(bench, model, words, latents, noise, sigmas) for words in captions.values()]
