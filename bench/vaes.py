@@ -27,9 +27,9 @@ def seeded_weights(kind: Kind, widths: Widths, seed: int = 0, spread: float = 0.
     return weights
 
 
-def svd_network(widths: Widths, **changes: object) -> AutoencodingEngine:
+def svd_network(widths: Widths) -> AutoencodingEngine:
     """What the host builds for Stable Video Diffusion's VAE, at any width, weights not set."""
-    settings = temporal_vae.decoder_settings(widths) | changes
+    settings = temporal_vae.decoder_settings(widths)
     timed, place = settings | {"video_kernel_size": [3, 1, 1], "alpha": 0.0}, "comfy.ldm.modules."
     return AutoencodingEngine(
         regularizer_config={"target": "comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer"},
