@@ -37,7 +37,7 @@ KINDS = ("shape", "colour", "ground")
 """What of a caption is edited, one at a time."""
 STANDARDISED = {"ground": 2.0}
 """Edits that start at standardised noise, and their cfg: what inversion finds in few steps holds on to the ground's
-colour. From such noise less guidance is enough, and more of it makes colours glaring."""
+colour. From such noise less guidance is enough."""
 PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
