@@ -31,14 +31,15 @@ from .side_by_side import device_name, report
 from .toy import CFG, FIRST_SEED, ONE_WAY, RESTING, SCHEDULER, THERE_AND_BACK, Bench, captions, there_and_back
 
 STEPS, SAMPLER = 12, "euler"
-PAPER = Reuse(FRAMES, 4, 4.0, 0.4)
+PAPER = Reuse(FRAMES, FRAMES // 2, 4.0, 0.4)
+"""The example of the released code, which leads 4 frames of clips of 8."""
 NAIVE = Reuse(FRAMES, 0, 0.0, 0.0)
 UP = Inversion(steps=25, keep=FRAMES, check=False)
-LATER = {"": PAPER, "_M_8": replace(PAPER, prompt_frames=8)}
+LATER = {"": PAPER, "_M_4": replace(PAPER, prompt_frames=4)}
 """Settings of clips that are sampled later than the LATENT or video they continue, by the end of a row's name."""
 BASELINES = {f"continue_path{end}": "video_naive" for end in LATER}
 """What a row is compared with where that is not `naive`: the same video with a clip sampled apart behind it."""
-ABLATION = {"M": ("prompt_frames", (0, 2, 8)), "alpha": ("alpha", (0.0, 1.0, 8.0)), "beta": ("beta", (0.0, 0.2, 0.8))}
+ABLATION = {"M": ("prompt_frames", (0, 2, 4)), "alpha": ("alpha", (0.0, 1.0, 8.0)), "beta": ("beta", (0.0, 0.2, 0.8))}
 PARTS = [*ABLATION, "released", "continue_from", "continue_path"]
 
 
@@ -214,8 +215,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further video after this time")
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args(argv)
-    print(f"{arguments.clips} videos of 2 x {FRAMES} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}; M 4, alpha 4,")
-    print(f"beta 0.4 but for what a row names; on {device_name()}")
+    print(f"{arguments.clips} videos of 2 x {FRAMES} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g};")
+    print(f"M {PAPER.prompt_frames}, alpha 4, beta 0.4 but for what a row names; on {device_name()}")
     kind, made, begun = arguments.shapes, dict[str, list[Video]](), time.monotonic()
     with torch.inference_mode():
         bench = Bench.open(arguments.weights)

@@ -122,7 +122,7 @@ class ReuseAndDiffuse(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, clip_length: int = 16, prompt_frames: int = 4) -> bool | str:
+    def validate_inputs(cls, clip_length: int = 16, prompt_frames: int = 8) -> bool | str:
         return options.known_reuse(clip_length, prompt_frames)
 
     @classmethod
@@ -145,10 +145,11 @@ def _reuse_inputs() -> list[io.Input]:
         ),
         io.Int.Input(
             "prompt_frames",
-            default=4,
+            default=8,
             min=0,
             max=4096,
-            tooltip="M of the paper: how many first frames of a clip are led by the last frames of the clip before.",
+            tooltip="M of the paper: how many first frames of a clip are led by the last ones of the clip before. Half "
+            "of clip_length, as there.",
         ),
         io.Float.Input(
             "alpha",

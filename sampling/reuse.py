@@ -40,7 +40,7 @@ class Reuse:
     """
 
     length: int = 16
-    prompt_frames: int = 4
+    prompt_frames: int = 8
     alpha: float = 4.0
     beta: float = 0.4
     guidance: Guidance = Guidance.PAPER
@@ -51,7 +51,7 @@ class Reuse:
         if not 0 <= self.prompt_frames <= self.length:
             raise PlanError(
                 f"prompt_frames is {self.prompt_frames} and must lie between 0 and clip_length, "
-                f"{self.length}. A quarter of it is usual."
+                f"{self.length}. Half of it is usual."
             )
         if not self.alpha >= 0.0 or math.isinf(self.alpha):
             raise PlanError(f"alpha is {self.alpha}; it must be 0 (fresh noise) or a number above it.")

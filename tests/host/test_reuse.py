@@ -120,7 +120,7 @@ def test_steps_taken_one_by_one_are_the_hosts_own(sampler: str, pair: Pair) -> N
 def test_other_samplers_are_refused_by_name_before_anything_is_computed(pair: Pair) -> None:
     model = pair.plain.clone()
     model.set_model_unet_function_wrapper(lambda *args: pytest.fail("the model was called"))
-    model = apply_reuse(model, Reuse(N))
+    model = apply_reuse(model, Reuse(N, 2))
     names = set(comfy.samplers.SAMPLER_NAMES) - {*ONE_STEP_SAMPLERS, "ddim"}
     assert {"dpmpp_2m", "uni_pc", "dpm_adaptive", "lms", "heunpp2"} <= names
     for name in names:
@@ -145,7 +145,7 @@ def test_other_samplers_are_refused_by_name_before_anything_is_computed(pair: Pa
 
 
 def test_one_clip_is_sampled_as_without_the_node(pair: Pair) -> None:
-    assert torch.equal(draw(apply_reuse(formula(pair.plain), Reuse(N)), noise_of(N), "dpmpp_2m"),
+    assert torch.equal(draw(apply_reuse(formula(pair.plain), Reuse(N, 2)), noise_of(N), "dpmpp_2m"),
                        draw(formula(pair.plain), noise_of(N), "dpmpp_2m"))  # fmt: skip
 
 
@@ -331,11 +331,11 @@ def test_a_batch_of_no_whole_clips_is_refused(frames: int, near: int, pair: Pair
     with pytest.raises(
         ClipError, match=f"The batch holds {frames} frames, .* clips of 4. Set batch_size .* to {near},"
     ):
-        draw(apply_reuse(pair.plain, Reuse(N)), noise_of(frames))
+        draw(apply_reuse(pair.plain, Reuse(N, 2)), noise_of(frames))
 
 
 def test_what_does_not_go_together_is_refused(pair: Pair) -> None:
-    both = apply_context(apply_reuse(pair.plain, Reuse(N)), SlidingContext(WindowPlan(length=8)))
+    both = apply_context(apply_reuse(pair.plain, Reuse(N, 2)), SlidingContext(WindowPlan(length=8)))
     with pytest.raises(ClipError, match="context windows as well as Reuse and Diffuse"):
         draw(both, noise_of())
     guider = comfy.samplers.CFGGuider(apply_reuse(pair.plain, Reuse(1, 0)))
@@ -350,7 +350,7 @@ def test_memory_is_planned_for_one_clip(pair: Pair, monkeypatch: pytest.MonkeyPa
     real = comfy.sampler_helpers.estimate_memory
     monkeypatch.setattr(comfy.sampler_helpers, "estimate_memory",
                         lambda model, shape, *rest: asked.append(shape[0]) or real(model, shape, *rest))  # fmt: skip
-    draw(apply_reuse(formula(pair.plain), Reuse(N)), noise_of())
+    draw(apply_reuse(formula(pair.plain), Reuse(N, 2)), noise_of())
     assert asked == [N]
 
 
