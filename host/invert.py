@@ -37,7 +37,7 @@ CONVENTIONS = [convention.value for convention in Convention]
 class Inversion:
     """How a clip is inverted. denoise: share of the way to pure noise. keep: frames from the end whose path is kept.
 
-    check: sample the result back, to measure the error. standardise: of the noise found, see `sampling.noise`.
+    check: sample the result back, to measure the error. standardise: by what share, see `sampling.noise`.
     """
 
     steps: int = 50
@@ -47,7 +47,7 @@ class Inversion:
     convention: Convention = Convention.RELEASED
     keep: int = 0
     check: bool = True
-    standardise: bool = False
+    standardise: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ def read_inversion(
     convention: str,
     keep_frames: int,
     reconstruct: bool,
-    standardise: bool = False,
+    standardise: float = 0.0,
 ) -> Inversion:
     """Translate the widgets of DDIM Inversion. Raises ValueError for a choice that does not exist."""
     for name, choice, known in (("scheduler", scheduler, SCHEDULERS), ("convention", convention, CONVENTIONS)):
@@ -124,8 +124,8 @@ def invert_clip(
         raise ClipError(f"cfg is {how.cfg:g} and needs a negative prompt as well. Connect one to negative, or set cfg "
                         "to 1, which is usual for inversion.")  # fmt: skip
     if how.standardise and how.denoise < 1.0:
-        raise ClipError(f"standardise is on and denoise is {how.denoise:g}, where the noisy clip is not noise alone. "
-                        "Set denoise to 1, or switch standardise off.")  # fmt: skip
+        raise ClipError(f"standardise is {how.standardise:g} and denoise is {how.denoise:g}, where the noisy clip is "
+                        "not noise alone. Set denoise to 1, or standardise to 0.")  # fmt: skip
     sampling = model.get_model_object("model_sampling")
     hosts_own = comfy.samplers.KSampler(model, how.steps, "cpu", "euler", how.scheduler, how.denoise)
     sigmas = hosts_own.sigmas.cpu()
@@ -141,7 +141,7 @@ def invert_clip(
     way = WayUp(ascent, keep)
     top = _run(guider, samples, way.sampler(), ascent.heard, lambda i, x0, x, _: told(i, x0, x, total))
     if how.standardise:
-        top = _standardised(model, top, sigmas)
+        top = _standardised(model, top, sigmas, how.standardise)
     error = nan
     if how.check:
         euler = comfy.samplers.sampler_object("euler")
@@ -170,10 +170,11 @@ def _clean(model: ModelPatcher, latent: dict) -> Tensor:
     return samples
 
 
-def _standardised(model: ModelPatcher, top: Tensor, sigmas: Tensor) -> Tensor:
-    """The noisy clip from noise of mean 0 and deviation 1. Shapes: as a LATENT holds it -> the same."""
+def _standardised(model: ModelPatcher, top: Tensor, sigmas: Tensor, share: float) -> Tensor:
+    """The noisy clip from noise nearer to mean 0 and deviation 1. Shapes: as a LATENT holds it -> the same."""
     into, out_of = (model.get_model_object(f"process_latent_{way}") for way in ("in", "out"))
-    return out_of(standardise(into(top)) * noise_scale(model.get_model_object("model_sampling"), sigmas))
+    scale = noise_scale(model.get_model_object("model_sampling"), sigmas)
+    return out_of(standardise(into(top) / scale, share) * scale)
 
 
 def _run(guider: Any, samples: Tensor, sampler: Any, sigmas: Tensor, callback: Callable) -> Tensor:

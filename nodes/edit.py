@@ -26,12 +26,15 @@ class DdimInversion(io.ComfyNode):
                 io.Conditioning.Input(
                     "negative", optional=True, tooltip="Needed for a cfg other than 1 only."
                 ),
-                io.Boolean.Input(
+                io.Float.Input(
                     "standardise",
-                    default=False,
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
                     optional=True,
-                    tooltip="Gives the noise mean 0 and deviation 1 in every frame and channel. For edits of the "
-                    "ground, whose colour the noise of few steps holds on to. The clip comes back less close.",
+                    tooltip="How far the noise of every frame and channel is brought to mean 0 and deviation 1: 0.75 "
+                    "for edits of the ground, whose colour the noise of few steps holds on to.",
                 ),
             ],
             outputs=[

@@ -26,15 +26,17 @@ def is_whole(noise: Tensor) -> bool:
     return getattr(noise, "latentmotion_whole", False)
 
 
-def standardise(noise: Tensor) -> Tensor:
-    """Give each channel of each frame mean 0 and deviation 1, as fresh noise has. Shapes: (..., h, w) -> the same.
+def standardise(noise: Tensor, share: float = 1.0) -> Tensor:
+    """Bring each channel of each frame to mean 0 and deviation 1, as fresh noise has them, or a share of the way.
 
-    Noise that was found by inversion in few steps is weaker than that, and its means hold the clip's colours, so that a
-    sampler keeps them whatever the prompt says.
+    Means are multiplied by 1 - share, deviations raised to that power. Shapes: (..., h, w) -> the same.
+    Noise that was found by inversion in few steps is weaker than fresh noise, and its means hold the clip's colours, so
+    that a sampler keeps them whatever the prompt says.
     """
-    middle = noise - noise.mean((-2, -1), keepdim=True)
-    deviation = middle.square().mean((-2, -1), keepdim=True).sqrt()
-    return middle / deviation.clamp(min=torch.finfo(noise.dtype).tiny)
+    mean = noise.mean((-2, -1), keepdim=True)
+    middle = noise - mean
+    deviation = middle.square().mean((-2, -1), keepdim=True).sqrt().clamp(min=torch.finfo(noise.dtype).tiny)
+    return middle / deviation**share + (1.0 - share) * mean
 
 
 def arrange_noise(noise: Tensor, kind: NoiseKind, length: int, overlap: int, axis: int, seed: int) -> Tensor:

@@ -36,8 +36,12 @@ SIZES = {
     "LatentMotionLoadVideo": (340, 660),
     "PreviewAny": (380, 220),
 }
-# Of nodes that draw their losses: a width at which those can be read, room for them and for text below the widgets.
-TRAINERS = {"LatentMotionTrainMotionLora": (400, 350), "LatentMotionTuneVideoModel": (400, 300)}
+# Of nodes that show something below their widgets: a width at which it can be read, and room for it.
+SHOWING = {
+    "LatentMotionTrainMotionLora": (400, 350),
+    "LatentMotionTuneVideoModel": (400, 300),
+    "LatentMotionDDIMInversion": (WIDTH, 120),
+}
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
 GREEN, BROWN = ("#232", "#353"), ("#432", "#653")
@@ -114,7 +118,7 @@ LAYOUTS = {
         "ends. *Latent Batch* puts the two together.\n\nA clip that was started so tends to go back, so the new "
         "prompt says so. For a video of your own, upload it on *Load Video*, say in the upper prompt what it shows, "
         "and load its end: skip_frames leaves out what comes before.\n\nA latent that was sampled can go straight to "
-        "*continue_from*, without the upper row; with prompt_frames at 8 its seam shows less.",
+        "*continue_from*, without the upper row.",
         ("A video, up to its noise", "The video goes on"),
     ),
     "stream_to_file": Layout(
@@ -210,8 +214,8 @@ def box_of(kind: str, title: str, width: float, height: float, note: str) -> dic
         return {"size": (NOTE_WIDTH, note_height(note)), "colours": BROWN}
     if kind == "CLIPTextEncode":
         return {"size": PROMPT_SIZE, "colours": PROMPT_COLOURS.get(title, GREEN)}
-    if kind in TRAINERS:
-        return {"size": (TRAINERS[kind][0], height + TRAINERS[kind][1])}
+    if kind in SHOWING:
+        return {"size": (SHOWING[kind][0], height + SHOWING[kind][1])}
     if kind in SIZES:
         return {"size": SIZES[kind], "colours": GREEN if kind == "LatentMotionPromptTravel" else None}
     return {"size": (max(WIDTH, width), height)}

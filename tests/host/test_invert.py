@@ -22,7 +22,7 @@ from latentmotion.host.reuse import apply_reuse
 from latentmotion.host.schedule import noise_scale
 from latentmotion.motion_modules.errors import ClipError, ModelMismatchError
 from latentmotion.sampling.inversion import Convention, Prediction, invert, plan_ascent
-from latentmotion.sampling.noise import NoiseKind
+from latentmotion.sampling.noise import NoiseKind, standardise
 from latentmotion.sampling.reuse import Reuse
 from latentmotion.sampling.windows import WindowPlan
 from test_bad_settings import windows
@@ -160,7 +160,7 @@ def test_standardised_noise_is_as_fresh_noise(scheduler: str, pair: Pair) -> Non
     """Mean 0 and deviation 1 in every channel of every frame; the pattern in it and the path stay."""
     model, latent = formula(pair.plain), clip()
     latent["samples"] += 3.0
-    found, other = (up(model, latent, scheduler=scheduler, keep=2, standardise=on) for on in (True, False))
+    found, other = (up(model, latent, scheduler=scheduler, keep=2, standardise=share) for share in (1.0, 0.0))
     scale = noise_scale(model.get_model_object("model_sampling"), found.sigmas)
     empty = {"samples": torch.zeros_like(latent["samples"])}
     noise, before = (x.noise.generate_noise(empty).flatten(2) for x in (found, other))
@@ -169,6 +169,8 @@ def test_standardised_noise_is_as_fresh_noise(scheduler: str, pair: Pair) -> Non
     assert relative_error(found.latent["samples"] * 0.18215 / scale, noise.unflatten(2, (8, 8))) < 1e-5
     straight = (before - before.mean(2, keepdim=True)) / before.std(2, correction=0, keepdim=True)
     assert relative_error(noise, straight) < 1e-5
+    halfway = up(model, latent, scheduler=scheduler, standardise=0.5).noise.generate_noise(empty)
+    assert relative_error(halfway, standardise(before.unflatten(2, (8, 8)), 0.5)) < 1e-5
     assert torch.equal(found.path.states, other.path.states) and found.error > other.error
 
 
@@ -329,8 +331,9 @@ MISTAKES: dict[str, tuple[Callable[[Pair], ModelPatcher], dict, dict, str]] = {
     "no frames": (lambda pair: pair.plain, {"samples": torch.zeros(0, 4, 8, 8)}, {}, "The latent is empty"),
     "another VAE": (lambda pair: pair.plain, {"samples": torch.ones(4, 16, 8, 8)}, {}, "16 channels .* samples 4"),
     "guidance alone": (lambda pair: pair.plain, clip(), {"cfg": 7.5}, "cfg is 7.5 and needs a negative prompt"),
-    "part of the way": (lambda pair: pair.plain, clip(), {"standardise": True, "denoise": 0.5}, "denoise is 0.5"),
-    "clip by clip": (lambda pair: apply_reuse(pair.plain, Reuse(4)), clip(), {}, "has Reuse and Diffuse"),
+    "part of the way": (lambda pair: pair.plain, clip(), {"standardise": 0.75, "denoise": 0.5},
+                        "standardise is 0.75 and denoise is 0.5"),
+    "clip by clip": (lambda pair: apply_reuse(pair.plain, Reuse(4, 2)), clip(), {}, "has Reuse and Diffuse"),
 }
 
 

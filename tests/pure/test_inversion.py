@@ -176,6 +176,16 @@ def test_noise_is_standardised_frame_by_frame(shape: tuple[int, ...]) -> None:
     assert standardise(torch.full(shape, 2.0)).abs().max() == 0.0  # nothing to be seen stays nothing
 
 
+def test_noise_is_standardised_a_share_of_the_way() -> None:
+    noise = 0.25 * torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 2.0
+    torch.testing.assert_close(standardise(noise, 0.0), noise)
+    half, straight = standardise(noise, 0.5), standardise(noise)
+    torch.testing.assert_close(half.mean((-2, -1)), noise.mean((-2, -1)) / 2)
+    torch.testing.assert_close(half.std((-2, -1), correction=0), noise.std((-2, -1), correction=0).sqrt())
+    torch.testing.assert_close(standardise(half), straight)
+    assert torch.equal(standardise(torch.full((1, 8, 8), 2.0), 0.75), torch.full((1, 8, 8), 0.5))
+
+
 def test_nothing_is_changed_in_place() -> None:
     kept = CLIP.clone()
     list(invert(denoise, CLIP, plan_ascent(schedule(4), Convention.STANDARD, LEAST)))
