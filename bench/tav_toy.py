@@ -1,8 +1,8 @@
 """Tune-A-Video on the toy world: clips on curved paths, tuned on, inverted, and sampled with other captions.
 
 Everything goes as a graph would: Tune Video Model on the pictures, DDIM Inversion with the tuned model and an empty
-prompt (with `standardise` for edits of the ground), the host's sampler from the inverted noise. The oracle reads the
-edited clips frame by frame.
+prompt (for edits of the ground with `standardise` at 0.75), the host's sampler from the inverted noise. The oracle
+reads the edited clips frame by frame.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ RECIPE = Recipe("Tune-A-Video", steps=60, batch=1, learning_rate=3e-3, warmup=0,
 STEPS, CFG, SAMPLER, SCHEDULER = 8, 3.0, "euler", "karras"
 KINDS = ("shape", "colour", "ground")
 """What of a caption is edited, one at a time."""
-STANDARDISED = {"ground": 2.0}
-"""Edits that start at standardised noise, and their cfg: what inversion finds in few steps holds on to the ground's
-colour. From such noise less guidance is enough."""
+STANDARDISED = {"ground": 0.75}
+"""By what share the noise of an edit is standardised: what inversion finds in few steps holds on to the ground's
+colour."""
 PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
@@ -91,13 +91,11 @@ def conditioning(bench: Bench, text: str) -> Any:
     return bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(text))
 
 
-def sample(
-    bench: Bench, model: Any, words: Words, latents: Tensor, noise: Tensor, sigmas: Tensor, cfg: float = CFG
-) -> Tensor:
+def sample(bench: Bench, model: Any, words: Words, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
     """As SamplerCustomAdvanced. Shapes: latents, noise (f, 4, h/8, w/8) -> pictures (f, h, w, 3)."""
     guider = comfy.samplers.CFGGuider(model)
     guider.set_conds(conditioning(bench, words.text), conditioning(bench, ""))
-    guider.set_cfg(cfg)
+    guider.set_cfg(CFG)
     sampler = comfy.samplers.sampler_object(SAMPLER)
     return bench.vae.decode(guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=0))
 
@@ -114,17 +112,17 @@ def edited(bench: Bench, model: Any, clip: Source, captions: dict[str, Words], s
     """The clip with each of the captions, by kind of edit: from its inverted noise, or from that of a seed."""
     latents = clip.latents
     if seed is None:
-        starts = {on: inverted(bench, model, latents, on) for on in {kind in STANDARDISED for kind in captions}}
-        return [sample(bench, model, words, latents, *starts[kind in STANDARDISED], STANDARDISED.get(kind, CFG))
-                for kind, words in captions.items()]  # fmt: skip
+        shares = {kind: STANDARDISED.get(kind, 0.0) for kind in captions}
+        starts = {share: inverted(bench, model, latents, share) for share in set(shares.values())}
+        return [sample(bench, model, words, latents, *starts[shares[kind]]) for kind, words in captions.items()]
     latents, noise = torch.zeros_like(latents), comfy.sample.prepare_noise(latents, seed)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
     return [sample(bench, model, words, latents, noise, sigmas) for words in captions.values()]
 
 
-def inverted(bench: Bench, model: Any, latents: Tensor, standardise: bool) -> tuple[Tensor, Tensor]:
+def inverted(bench: Bench, model: Any, latents: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Noise and schedule, from DDIM Inversion with an empty prompt."""
-    how = Inversion(steps=STEPS, scheduler=SCHEDULER, check=False, standardise=standardise)
+    how = Inversion(steps=STEPS, scheduler=SCHEDULER, check=False, standardise=share)
     way = invert_clip(model, conditioning(bench, ""), {"samples": latents}, how)
     return way.noise.generate_noise({"samples": latents}), way.sigmas
 

@@ -25,21 +25,26 @@ from ..training.checkpoint import load_weights, save_weights
 from ..training.clips import Clips
 from ..training.dataset import Dataset, Film, film_of_parts, join, with_mirrored
 from ..training.folder import Reading, media_files, read_folder
-from .video import StreamedVideo, clip_of
+from .video import DEMO_CLIPS, StreamedVideo, clip_of
 
 FROM_GRAPH = "The clip"
 MOVES = [move.value for move in Move]
 STILLS, MOVING = "stills", "clips"
 SOURCES = [STILLS, MOVING]
+DEMO_FOLDER = "latentmotion_demo_clips"
+"""Stands for the clips that come with the pack, where the input folder has none of that name."""
 log = logging.getLogger(__name__)
 
 
 def locate_folder(folder: str) -> Path:
     """A folder by its path, or by its name in the host's input folder. Raises TrainingError for no name."""
+    inputs = Path(folder_paths.get_input_directory())
+    if folder.strip() == DEMO_FOLDER and not (inputs / DEMO_FOLDER).exists():
+        return DEMO_CLIPS
     if not folder.strip():
         raise TrainingError("No folder is named. Write the folder your videos are in: its path, or its name in "
-                            f"{folder_paths.get_input_directory()}.")  # fmt: skip
-    return Path(folder_paths.get_input_directory()) / Path(folder.strip()).expanduser()
+                            f"{inputs}.")  # fmt: skip
+    return inputs / Path(folder.strip()).expanduser()
 
 
 def known_folder(folder: str | None) -> bool | str:

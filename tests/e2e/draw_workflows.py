@@ -39,8 +39,10 @@ SIZES = {
 # Of nodes that show something below their widgets: a width at which it can be read, and room for it.
 SHOWING = {
     "LatentMotionTrainMotionLora": (400, 350),
+    "LatentMotionTrainDomainAdapter": (400, 300),
+    "LatentMotionTrainMotionModule": (400, 350),
     "LatentMotionTuneVideoModel": (400, 300),
-    "LatentMotionDDIMInversion": (WIDTH, 120),
+    "LatentMotionDDIMInversion": (WIDTH, 260),
 }
 NOTE_WIDTH, NOTE_LETTERS, NOTE_LINE = 340, 52, 16  # letters in a line of the note, and its height
 PROMPT_COLOURS = {"Negative prompt": ("#322", "#533")}
@@ -82,6 +84,15 @@ LAYOUTS = {
         "models, 2000 for real ones. *Cancel* keeps what was learned; run again to go on.\n\nFor pictures or videos of "
         "your own, connect *Load Video Dataset* to *clips*.",
         ("Reference clips", "Training, and a clip with the new MotionLoRA"),
+    ),
+    "train_motion_module": Layout(
+        (((NOTE, 1), (11,), (12,), (13,)), ((2, 4, 5), (14,), (3, 6), (7,), (8, 9), (10,))),
+        "**Train a motion module**\n\nThe stages of AnimateDiff before a MotionLoRA. *Train Domain Adapter* learns how "
+        "single frames of the videos look. With it in place, *Train Motion Module* learns how things move, here from "
+        "the demo's module on; the clip is made without the adapter.\n\n8 steps on one clip only show how it works: "
+        "real ones take thousands of videos and steps. For videos of your own, name their folder in *Load Video "
+        "Dataset*. To begin with a new module, take away the link to *motion_module*.",
+        ("Stage 1: how single frames look", "Stage 2: how things move, and a clip with the new motion module"),
     ),
     "image_lora_and_motion": Layout(
         (((NOTE, 1, 2), (11,), (3, 4, 5, 6), (7,), (8, 9), (10,)),),

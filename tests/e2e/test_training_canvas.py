@@ -22,6 +22,10 @@ WORKFLOWS = Path(__file__).resolve().parent.parent.parent / "workflows"
 # By workflow: the node that trains, and fewer steps than the workflow has.
 TRAINING = {
     "train_motion_lora": ("LatentMotionTrainMotionLora", {"LatentMotionTrainMotionLora": 6, "KSampler": 2}),
+    "train_motion_module": (
+        "LatentMotionTrainMotionModule",
+        {"LatentMotionTrainMotionModule": 4, "LatentMotionTrainDomainAdapter": 2, "KSampler": 2},
+    ),
     "tune_a_video": ("LatentMotionTuneVideoModel", {"LatentMotionTuneVideoModel": 8, "LatentMotionDDIMInversion": 4}),
 }
 STEPS = {name: steps[trainer] for name, (trainer, steps) in TRAINING.items()}

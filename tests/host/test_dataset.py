@@ -56,6 +56,20 @@ def test_the_node_reads_a_folder_and_training_takes_it(videos, model, folder, ru
     assert (folder / "learned.safetensors").is_file()
 
 
+def test_the_clips_of_the_pack_have_a_name(videos, run_node):
+    """So that the shipped workflow runs where the input folder is empty; a folder of the user's goes before."""
+    assert LoadVideoDataset.validate_inputs(data.DEMO_FOLDER) is True
+    dataset, _ = run_node("LatentMotionLoadVideoDataset", folder=data.DEMO_FOLDER, **LOADED | {"caption": "a circle"})
+    assert [(film.name, film.caption) for film in dataset.pieces()] == [("latentmotion_toy_clip.mp4", "a circle")]
+    own = videos.with_name(data.DEMO_FOLDER)
+    videos.rename(own)
+    try:
+        dataset, _ = run_node("LatentMotionLoadVideoDataset", folder=data.DEMO_FOLDER, **LOADED)
+    finally:
+        own.rename(videos)
+    assert [piece.caption for piece in dataset.pieces()] == ["clip a", "clip b"]
+
+
 def test_mirrored_videos_are_asked_for(videos, run_node):
     plain, both = (run_node("LatentMotionLoadVideoDataset", folder="videos", **LOADED | mirror)[0]
                    for mirror in ({}, {"mirror": True}))  # fmt: skip
