@@ -196,14 +196,14 @@ class MotionModel(nn.Module):
         self.spec = spec
         for name, channels in spec.slots:
             transformer = TemporalTransformer(spec, channels, ops, dtype=dtype, device=device)
-            _plant(self, f"{name}.temporal_transformer", transformer)
+            plant(self, f"{name}.temporal_transformer", transformer)
 
     def transformers(self) -> dict[str, TemporalTransformer]:
         """Every temporal transformer under its published slot name."""
         return {name: self.get_submodule(f"{name}.temporal_transformer") for name, _ in self.spec.slots}
 
 
-def _plant(root: nn.Module, path: str, module: nn.Module) -> None:
+def plant(root: nn.Module, path: str, module: nn.Module) -> None:
     """Register `module` under a dotted path, making the branches on the way."""
     *branches, leaf = path.split(".")
     for branch in branches:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..animatediff.network import TemporalAttention
+from ..animatediff.network import TemporalAttention, plant
 from ..call import MotionCall
 
 Slots = Sequence[tuple[str, int]]
@@ -61,20 +61,11 @@ class TunedModel(nn.Module):
         super().__init__()
         self.slots = tuple(slots)
         for (name, channels), count in zip(self.slots, heads, strict=True):
-            _plant(self, name, TemporalLayer(channels, count, ops, **factory))
+            plant(self, name, TemporalLayer(channels, count, ops, **factory))
 
     def layers(self) -> dict[str, TemporalLayer]:
         """Every layer under the name of its transformer block."""
         return {name: self.get_submodule(name) for name, _ in self.slots}
-
-
-def _plant(root: nn.Module, path: str, layer: nn.Module) -> None:
-    *branches, leaf = path.split(".")
-    for branch in branches:
-        if branch not in root._modules:
-            root.add_module(branch, nn.Module())
-        root = root._modules[branch]
-    root.add_module(leaf, layer)
 
 
 def temporal_shapes(slots: Slots) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from latentmotion.motion_modules.animatediff.lora import parts_for, read_motion_
 from latentmotion.motion_modules.animatediff.network import MotionModel
 from latentmotion.motion_modules.animatediff.spec import MotionSpec
 from latentmotion.motion_modules.errors import LatentMotionError
+from motion_files import renamed
 from torch import Tensor, nn
 
 MUTATIONS = 500
@@ -46,12 +47,7 @@ def lora() -> dict[str, Tensor]:
 def in_form(file: dict[str, Tensor], form: str) -> dict[str, Any]:
     pairs = {"diffusers": (("temporal_transformer.", ""), ("attention_blocks.0.", "attn1."), ("norms.0.", "norm1.")),
              "hotshot": (("motion_modules", "temporal_attentions"), (".temporal_transformer", ""))}.get(form, ())
-    out = {}
-    for name, tensor in file.items():
-        for old, new in pairs:
-            name = name.replace(old, new)
-        out[name] = tensor
-    return out
+    return renamed(file, *pairs)
 
 
 PIECES = ("down_blocks", "up_blocks", "mid_block", "motion_modules", "temporal_attentions", "temporal_transformer",
