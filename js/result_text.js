@@ -14,6 +14,14 @@ const LEAST = 48; // height without text, and of a line or two
 const MOST = 160; // more than that is scrolled
 const ROUND = 20; // the front end keeps this free above and below together
 
+// What the node said while it worked goes where the result says it again.
+function dropRepeated(node, text) {
+  const told = node.widgets?.findIndex(({ name }) => name === "$$node-text-preview") ?? -1;
+  if (told < 0 || !node.widgets[told].value || !text.includes(node.widgets[told].value)) return;
+  node.widgets[told].onRemove?.();
+  node.widgets.splice(told, 1);
+}
+
 app.registerExtension({
   name: "LatentMotion.ResultText",
   nodeCreated(node) {
@@ -36,6 +44,7 @@ app.registerExtension({
     node.onExecuted = function (output, ...rest) {
       executed?.apply(this, [output, ...rest]);
       lines.textContent = output?.text?.join("\n") ?? "";
+      dropRepeated(node, lines.textContent);
       widget.options.getMaxHeight = output?.images ? height : undefined; // a picture below it has the rest
     };
   },

@@ -68,6 +68,7 @@ NODE = """(type) => {
     return {
         id: String(node.id), size: [...node.size], natural: node.imgs?.map((image) => image.naturalWidth) ?? [], box,
         text: text?.textContent, hidden: text && text.scrollHeight > text.clientHeight + 1,
+        told: node.widgets.some(({name}) => name === "$$node-text-preview"),
         textBox: lines && [lines.left, lines.top, lines.width, lines.height], shownTo: at(1, node.size[1]),
         frameTo: at(1, frame.pos[1] + frame.size[1] - node.pos[1]),
     };
@@ -163,6 +164,7 @@ def test_the_node_says_what_was_made(run: dict[str, Any], time: str, server: Hos
     assert path.is_file() and server.base in path.parents
     left, top, width, height = node["textBox"]
     assert width > 200 and not node["hidden"], "the whole text is there to be read"
+    assert not node["told"], "what was said before the run stands in the result, and once is enough"
     assert top + height <= node["shownTo"] + 1, "inside the node"
 
 
