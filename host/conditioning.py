@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comfy.controlnet import ControlBase
@@ -14,6 +14,34 @@ HINTS = ("cond_hint_original", "extra_concat_orig")
 MOST_KEPT = 256 * 2**20  # bytes of hints
 BESIDE = ("time_dim_concat", "reference_latent", "reference_motion")  # frames beside the clip's, for every window
 SETS = "vace_context"  # Wan VACE's sets of control latents, (clips, sets, c, frames, h, w)
+
+
+class Along(NamedTuple):
+    """A condition with `each` entries on `axis` for a frame of the latents; the first `late` frames have none."""
+
+    axis: int
+    each: int = 1
+    late: int = 0
+
+    def entries(self, tensor: Tensor, window: Any, frames: int) -> list[int] | None:
+        """Those of the window's frames, None where the tensor is not of such a clip.
+
+        The network gives the first `late` frames of a window none, whichever frames they are.
+        """
+        most = (frames - self.late) * self.each
+        if tensor.ndim <= self.axis or not most - self.each < tensor.shape[self.axis] <= most:
+            return None
+        behind = [max(i - self.late, 0) for i in window.index_list[self.late :]]
+        every = [i * self.each + k for i in behind for k in range(self.each)]
+        return [i for i in every if i < tensor.shape[self.axis]] or None
+
+
+ALONG = {
+    "audio_embed": (Along(1), Along(3, each=4)),  # HuMo, S2V
+    "pose_latents": (Along(2, late=1),),  # Animate, whose first frame is the reference
+    "face_pixel_values": (Along(2, each=4, late=1),),
+}
+"""Conditions of Wan's models that are not as long as the latents. Newer hosts know most of them themselves."""
 FADE = 8  # latent pixels and frames: the host's, at the sides of an area
 
 
@@ -183,6 +211,10 @@ def _cut_value(key: str, value: Any, x: Tensor, window: Any, model: Any) -> Any:
         return value
     if window.dim == 0:
         return value._copy_with(_rows(tensor, window.index_list))
+    for along in ALONG.get(key, ()):
+        places = along.entries(tensor, window, x.shape[window.dim])
+        if places is not None:
+            return value._copy_with(tensor.index_select(along.axis, torch.tensor(places, device=tensor.device)))
     axis = window.dim + (key == SETS)
     fits = tensor.ndim == x.ndim + (key == SETS) and tensor.shape[axis] == x.shape[window.dim]
     return value._copy_with(window.get_tensor(tensor, dim=axis)) if fits and key not in BESIDE else value

@@ -21,12 +21,12 @@ WAN = {
 
 
 def wan(seed: int = 0, **changes: Any) -> ModelPatcher:
-    """A MODEL of the host's Wan 2.1 class; of VACE with model_type="vace", of Wan 2.2 5B with out_dim=48.
+    """A MODEL of the host's Wan 2.1 class; of VACE and HuMo with that model_type, of Wan 2.2 5B with out_dim=48.
 
     With in_dim=36 it takes an image and a mask per frame beside its latents.
     """
     known, settings = comfy.supported_models, WAN | changes
-    kind = known.WAN21_Vace if settings["model_type"] == "vace" else known.WAN21_T2V
+    kind = {"vace": known.WAN21_Vace, "humo": known.WAN21_HuMo}.get(settings["model_type"], known.WAN21_T2V)
     config = (known.WAN22_T2V if settings["out_dim"] == 48 else kind)(settings)
     config.set_inference_dtype(torch.float32, None)
     with torch.inference_mode(False):

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import comfy.conds
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
@@ -20,7 +21,7 @@ from latentmotion.sampling.windows import WindowPlan, WindowSchedule
 from torch import Tensor
 
 FRAMES, LENGTH, OVERLAP = 12, 6, 2
-TIME = {"c_concat": 2, "denoise_mask": 2, "vace_context": 3}  # axes
+TIME = {"c_concat": 2, "denoise_mask": 2, "vace_context": 3, "audio_embed": 1}  # axes
 PLANS = {
     "static": WindowPlan(WindowSchedule.STATIC, LENGTH, OVERLAP),
     "uniform": WindowPlan(WindowSchedule.UNIFORM, LENGTH, OVERLAP, stride=2),
@@ -150,6 +151,38 @@ def test_control_latents_of_vace_follow_the_frame() -> None:
     whole = sample(model, FRAMES, **settings)
     assert relative_error(sample(windowed(model, "closed loop"), FRAMES, **settings), whole) < 1e-4
     assert relative_error(sample(model, FRAMES, steps=1), whole) > 1e-3, "they count"
+
+
+def test_the_sound_of_humo_follows_the_frame() -> None:
+    video = wan(model_type="humo")
+    sound = random(1, FRAMES, 8, 5, 1280, seed=5)
+    model, settings = apart(video), {"positive": text(1, audio_embed=sound), "steps": 1, "cfg": 1.0}
+    whole = sample(model, FRAMES, **settings)
+    assert relative_error(sample(windowed(model, "closed loop"), FRAMES, **settings), whole) < 1e-4
+    backwards = text(1, audio_embed=sound.flip(1))
+    assert relative_error(sample(model, FRAMES, **settings | {"positive": backwards}), whole) > 1e-3, "it counts"
+
+
+@pytest.mark.parametrize(
+    ("key", "axis", "count", "window", "entries"),
+    [
+        ("audio_embed", 3, 48, [0, 2, 5], [0, 1, 2, 3, 8, 9, 10, 11, 20, 21, 22, 23]),  # S2V
+        ("pose_latents", 2, 11, [0, 1, 2, 3], [0, 1, 2]),
+        ("pose_latents", 2, 11, [6, 7, 8], [6, 7]),
+        ("pose_latents", 2, 11, [10, 11, 0, 1], [10, 0, 0]),
+        ("face_pixel_values", 2, 41, [9, 10, 11], [36, 37, 38, 39, 40]),
+        ("face_pixel_values", 2, 41, [0, 1, 2], list(range(8))),
+    ],
+)
+def test_conditions_of_other_lengths_are_cut_to_the_frames(
+    key: str, axis: int, count: int, window: list[int], entries: list[int]
+) -> None:
+    """The whole clip has 12 frames; the networks of Wan Animate give the first frame of what they see no pose."""
+    whole = torch.arange(count).view(*[1] * axis, count, *[1] * (4 - axis))
+    x = torch.zeros(1, CHANNELS, FRAMES, SIDE, SIDE)
+    conds = [{"model_conds": {key: comfy.conds.CONDRegular(whole)}}]
+    (cut,) = cut_conds(conds, x, ContextWindow(window, 2, FRAMES), ControlSlices(), None)
+    assert cut["model_conds"][key].cond.flatten().tolist() == entries
 
 
 def test_a_noise_mask_is_a_noise_level_for_each_frame_of_wan_2_2() -> None:
