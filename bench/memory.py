@@ -37,6 +37,7 @@ from .side_by_side import device_name, peak_bytes, report
 from .vaes import seeded_vae
 
 WIDTH = 64
+CONTEXT = 64  # numbers of a token of a caption
 HALF = Widths(64, (1, 2, 4, 4), 2, 4, 4)
 Case = tuple[str, str, int, tuple[int, int, int]]
 CASES: tuple[Case, ...] = (
@@ -53,7 +54,7 @@ TWO_LEVELS = {
 
 def small(levels: tuple[int, ...], layers: int, **changes: Any) -> tuple[ModelPatcher, MotionModule]:
     """An image model of the host's class with `levels[0]` channels and a motion module for it, seeded weights."""
-    config = {**SD15, "model_channels": levels[0], "context_dim": 64, **changes}
+    config = {**SD15, "model_channels": levels[0], "context_dim": CONTEXT, **changes}
     slots = [(f"down_blocks.{i}.motion_modules.{j}", c) for i, c in enumerate(levels) for j in range(layers)]
     slots += [("mid_block.motion_modules.0", levels[-1])]
     slots += [(f"up_blocks.{i}.motion_modules.{j}", c) for i, c in enumerate(levels[::-1]) for j in range(layers + 1)]
@@ -64,7 +65,7 @@ def small(levels: tuple[int, ...], layers: int, **changes: Any) -> tuple[ModelPa
 
 
 def context_of(frames: int) -> torch.Tensor:
-    return torch.randn(1, 77, 64, generator=torch.Generator().manual_seed(3)).expand(frames, -1, -1)
+    return torch.randn(1, 77, CONTEXT, generator=torch.Generator().manual_seed(3)).expand(frames, -1, -1)
 
 
 def estimate_errors(shapes: tuple[tuple[int, int, int], ...] = SHAPES) -> dict[tuple[int, int, int], float]:

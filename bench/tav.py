@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from ..motion_modules.tune_a_video.network import Slots, temporal_shapes, traine
 from ..training.attention import attention
 from ..training.clips import Clips
 from ..training.frozen import frozen, training
-from ..training.loop import Recipe
+from ..training.loop import Recipe, fit
 from . import tav_toy
+from .memory import CONTEXT, WIDTH, small
 from .motion import SD15, image_model
-from .side_by_side import device_name, in_turn, median_ratio, report
+from .side_by_side import device_name, in_turn, median_ratio, peak_bytes, report
 from .tav_reference import TunedUNet
 from .toy import Bench
+from .train_step import SHAPES, Errors, Shapes, errors_of
 
 STEP = 500
 ONE_CLIP = Recipe("a clip at a time", steps=1, batch=1, learning_rate=0.0)
@@ -136,6 +139,27 @@ def step_figures(model: ModelPatcher, frames: int, size: int, rounds: int) -> di
     }
 
 
+def estimate_errors(shapes: Shapes = SHAPES, width: int = WIDTH) -> Errors:
+    """Of a run of two steps. width: channels of the finest level of a UNet with SD1.5's layout."""
+    model = small((width, 2 * width, 4 * width, 4 * width), 2, model_channels=width)[0]
+    comfy.model_management.load_models_gpu([model], force_full_load=True)
+    two, text = replace(ONE_CLIP, steps=2), torch.randn(1, 77, CONTEXT)
+
+    def taken(frames: int, size: tuple[int, int], recompute: bool) -> tuple[int, int]:
+        clips = Clips((torch.randn(frames, 4, *size),), ("",), frames, drop=0.0)
+
+        def learn() -> None:
+            network = tune.new_network(model, 0)
+            with tune.tuned_unet(model, network, frames, recompute) as (parameters, options):
+                fit(parameters, noise_loss(model.model, clips, conditions, options, two), two)
+
+        with training(), frozen(model.model):
+            conditions = Conditions(model, {"": [[text, {}]]}, clips)
+            return tune.foreseen(model, frames, size, recompute)[1], peak_bytes(learn)
+
+    return errors_of(taken, shapes)
+
+
 def trained_parameters(slots: Slots) -> int:
     return sum(torch.Size(shape).numel() for shape in trained_shapes(slots).values())
 
@@ -161,7 +185,11 @@ def toy_world(arguments: Any) -> dict[str, float]:
     return tav_toy.measure(bench, arguments.clips, arguments.ablated, arguments.minutes, arguments.sheets)
 
 
-SECTIONS = {"full_size": full_size, "toy": toy_world}
+def estimate(arguments: Any) -> dict[str, float]:
+    return {"tav.estimate_error_max": max(map(abs, estimate_errors().values()))}
+
+
+SECTIONS = {"full_size": full_size, "toy": toy_world, "estimate": estimate}
 
 
 def main(argv: list[str]) -> int:

@@ -28,6 +28,8 @@ from .motion import image_model, motion_module
 from .side_by_side import in_turn, median_ratio, peak_bytes
 
 Calls = dict[str, Callable[[], None]]
+Shapes = tuple[tuple[int, int, int], ...]
+Errors = dict[tuple[int, int, int, bool], float]
 RANK = 8  # of the small networks
 SHAPES = ((8, 8, 8), (16, 16, 16), (4, 24, 24))  # frames, height, width in latent pixels
 
@@ -109,19 +111,27 @@ def foreseen_bytes(model: ModelPatcher, module: MotionModule, frames: int, size:
     return run_bytes(lora_size(network, attention_layers(network, ()), rank), layers, frames, 4, recompute)
 
 
-def estimate_errors(shapes: tuple[tuple[int, int, int], ...] = SHAPES, width: int = WIDTH
-                    ) -> dict[tuple[int, int, int, bool], float]:  # fmt: skip
-    """Estimate over measured peak of a run of two steps, less one, by (frames, height, width, computed twice).
-
-    width: channels of the finest level of a UNet with SD1.5's layout.
-    """
+def estimate_errors(shapes: Shapes = SHAPES, width: int = WIDTH) -> Errors:
+    """Of a run of two steps. width: channels of the finest level of a UNet with SD1.5's layout."""
     model, module = small((width, 2 * width, 4 * width, 4 * width), 2, model_channels=width)
+
+    def taken(frames: int, size: tuple[int, int], recompute: bool) -> tuple[int, int]:
+        with step_calls(model, module, frames, size, RANK, recompute) as calls:
+            measured = peak_bytes(calls["new"])
+        return foreseen_bytes(model, module, frames, size, RANK, recompute), measured
+
+    return errors_of(taken, shapes)
+
+
+def errors_of(taken: Callable[[int, tuple[int, int], bool], tuple[int, int]], shapes: Shapes) -> Errors:
+    """Estimate over measured peak, less one, by (frames, height, width, layers computed twice).
+
+    taken: both, in bytes, of frames of a size in latent pixels, with layers computed twice or kept.
+    """
     errors = {}
     for frames, *size in shapes:
         for recompute in (True, False):
-            with step_calls(model, module, frames, tuple(size), RANK, recompute) as calls:
-                measured = peak_bytes(calls["new"])
-            found = foreseen_bytes(model, module, frames, tuple(size), RANK, recompute)
+            found, measured = taken(frames, tuple(size), recompute)
             errors[frames, size[0], size[1], recompute] = found / measured - 1.0
             how = "computed twice" if recompute else "kept"
             print(f"  {frames}x{size[0]}x{size[1]}, layers {how}: estimated {found / 2**20:.1f} MiB, measured "

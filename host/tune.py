@@ -118,12 +118,9 @@ def chosen_frames(film: Clip, frames: int, stride: int) -> Clip:
 
 
 def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tuning) -> None:
-    slots, unet = tuned.slots_of(model), model.model.diffusion_model
+    unet = model.model.diffusion_model
     base = tuned.base_of(model, how.base_name or "it was tuned on")
-    trained = sum(torch.Size(shape).numel() for shape in trained_shapes(slots).values())
-    plain = layers_of(unet, MotionSpec(V2, (), 0), clips.latents[0].shape[-2:], clips.frames, model.load_device)
-    layers = [replace(layer, scores=2 * layer.scores) for layer in plain]  # two frames of keys
-    needed = run_bytes(trained, layers, clips.frames, working_type(model.model).itemsize, how.recompute)
+    trained, needed = foreseen(model, clips.frames, clips.latents[0].shape[-2:], how.recompute)
     how.report.begin(how.path, trained, needed)
     comfy.model_management.load_models_gpu([model], memory_required=needed, force_full_load=True)
     model.pre_run()
@@ -145,6 +142,14 @@ def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tun
                     learn(parameters, loss_of, recipe, how, loss_scale(recipe), write, samples)
     finally:
         model.cleanup()
+
+
+def foreseen(model: ModelPatcher, frames: int, size: tuple[int, int], recompute: bool) -> tuple[int, int]:
+    """Numbers that learn, and bytes that a run takes besides the model. size: of the latents."""
+    trained = sum(torch.Size(shape).numel() for shape in trained_shapes(tuned.slots_of(model)).values())
+    plain = layers_of(model.model.diffusion_model, MotionSpec(V2, (), 0), size, frames, model.load_device)
+    layers = [replace(layer, scores=2 * layer.scores) for layer in plain]  # two frames of keys
+    return trained, run_bytes(trained, layers, frames, working_type(model.model).itemsize, recompute)
 
 
 def new_network(model: ModelPatcher, seed: int) -> TunedModel:

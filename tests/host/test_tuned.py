@@ -283,3 +283,9 @@ def test_the_benchmark_writes_its_figures(tmp_path: Path, monkeypatch: pytest.Mo
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["tav.parity"] < EXACT and figures["tav.trained_parameters"] > 0
     assert 1 < figures["tav.step_flops_over_plain"] < 2 and figures["tav.step_over_plain"] > 0
+
+
+def test_the_memory_of_a_tuning_step_is_foreseen() -> None:
+    errors = tav.estimate_errors(((8, 8, 8), (4, 16, 16)), width=32)
+    assert len(errors) == 4
+    assert max(map(abs, errors.values())) < 0.25
