@@ -94,14 +94,15 @@ def seams_of(plan: WindowPlan, frames: int) -> set[int]:
     return borders(plan.windows(frames, STEPS - 1), frames)
 
 
-def measure(bench: Bench, count: int, frames: int) -> dict[str, float]:
-    """Sliding Context, separate clips, and Sliding Context with other captions."""
-    length, seams = CONTEXT.plan.length, seams_of(CONTEXT.plan, frames)
+def measure(bench: Bench, context: SlidingContext, count: int, frames: int, ways: bool) -> dict[str, float]:
+    """Sliding Context, separate clips, and Sliding Context with other captions where `ways` are asked for."""
+    length, seams = context.plan.length, seams_of(context.plan, frames)
     made = {
-        "": judge(long_clips(bench, CONTEXT, count, frames), seams),
+        "": judge(long_clips(bench, context, count, frames), seams),
         "naive_": judge(butted_clips(bench, length, count, frames), set(range(length, frames, length))),
     }
-    made |= {f"{kind}.": judge(long_clips(bench, CONTEXT, max(1, count // 4), frames, kind), seams) for kind in WAYS}
+    few, kinds = max(1, count // 4), WAYS if ways else ()
+    made |= {f"{kind}.": judge(long_clips(bench, context, few, frames, kind), seams) for kind in kinds}
     return {f"context.{kind}{name}": value for kind, found in made.items() for name, value in found.items()}
 
 
@@ -130,13 +131,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clips", type=int, default=10, help="long clips the three figures are taken over")
     parser.add_argument("--table-clips", type=int, default=1, help="and each row of the table; 0 leaves it out")
     parser.add_argument("--frames", type=int, default=96, help="frames of a long clip, a multiple of 16")
+    parser.add_argument("--overlap", type=int, default=CONTEXT.plan.overlap, help="frames two windows share")
+    parser.add_argument("--ways", action=argparse.BooleanOptionalAction, default=True, help="shapes that move, too")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
     print(f"{args.clips} clips of {args.frames} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
     with torch.inference_mode():
         bench = Bench.open(args.weights)
-        figures = measure(bench, args.clips, args.frames) if args.clips else {}
+        context = replace(CONTEXT, plan=replace(CONTEXT.plan, overlap=args.overlap))
+        figures = measure(bench, context, args.clips, args.frames, args.ways) if args.clips else {}
         if args.table_clips:
             figures |= compare(bench, args.table_clips, args.frames)
     report(figures, args.json)
