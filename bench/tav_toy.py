@@ -1,8 +1,8 @@
 """Tune-A-Video on the toy world: clips on curved paths, tuned on, inverted, and sampled with other captions.
 
 Everything goes as a graph would: Tune Video Model on the pictures, DDIM Inversion with the tuned model and an empty
-prompt (for edits of the ground with `standardise` at 0.75), the host's sampler from the inverted noise. The oracle
-reads the edited clips frame by frame.
+prompt (for edits of the ground with `standardise` at 0.75), the host's sampler from the inverted noise, without a
+ControlNet, and for edits that keep the outlines with one, too. The oracle reads the edited clips frame by frame.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import comfy.controlnet
 import comfy.sample
 import comfy.samplers
 import numpy as np
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..demo import oracle, world
+from ..demo import config, control, oracle, world
 from ..demo.captions import Words, sentences
 from ..host.attention import FrameAttention, apply_frame_attention
 from ..host.invert import Inversion, invert_clip
@@ -38,6 +39,7 @@ KINDS = ("shape", "colour", "ground")
 STANDARDISED = {"ground": 0.75}
 """By what share the noise of an edit is standardised: what inversion finds in few steps holds on to the ground's
 colour."""
+KEEP_OUTLINES = ("colour", "ground")
 PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
@@ -91,12 +93,26 @@ def conditioning(bench: Bench, text: str) -> Any:
     return bench.clip.encode_from_tokens_scheduled(bench.clip.tokenize(text))
 
 
-def sample(bench: Bench, model: Any, words: Words, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
-    """As SamplerCustomAdvanced. Shapes: latents, noise (f, 4, h/8, w/8) -> pictures (f, h, w, 3)."""
+def held(bench: Bench, pictures: Tensor, *prompts: Any) -> list:
+    """The prompts with the demo's ControlNet, which is given the edges of the pictures, as Apply ControlNet makes them.
+
+    Shapes: pictures (f, h, w, 3).
+    """
+    network = comfy.controlnet.load_controlnet(str(bench.folder / config.CONTROL_FILE))
+    network.set_cond_hint(control.edges(pictures), 1.0, (0.0, 1.0))
+    more = {"control": network, "control_apply_to_uncond": False}
+    return [[[text, {**told, **more}] for text, told in prompt] for prompt in prompts]
+
+
+def sample(bench: Bench, model: Any, words: Words, clip: Source, noise: Tensor, sigmas: Tensor, outlines: bool
+           ) -> Tensor:  # fmt: skip
+    """As SamplerCustomAdvanced. outlines: held by a ControlNet. Shapes: noise (f, 4, h/8, w/8) -> (f, h, w, 3)."""
     guider = comfy.samplers.CFGGuider(model)
-    guider.set_conds(conditioning(bench, words.text), conditioning(bench, ""))
+    prompts = conditioning(bench, words.text), conditioning(bench, "")
+    guider.set_conds(*(held(bench, clip.pictures, *prompts) if outlines else prompts))
     guider.set_cfg(CFG)
     sampler = comfy.samplers.sampler_object(SAMPLER)
+    latents = torch.zeros_like(clip.latents)
     return bench.vae.decode(guider.sample(noise, latents, sampler, sigmas, disable_pbar=True, seed=0))
 
 
@@ -108,34 +124,41 @@ def tuned(bench: Bench, clip: Source, reach: Reach) -> Any:
         return tune_video_model(bench.unet, bench.clip, bench.vae, clip.pictures, clip.words.text, how)
 
 
-def edited(bench: Bench, model: Any, clip: Source, captions: dict[str, Words], seed: int | None = None) -> list[Tensor]:
+def edited(bench: Bench, model: Any, clip: Source, captions: dict[str, Words], *, seed: int | None = None,
+           outlines: bool = False) -> list[Tensor]:  # fmt: skip
     """The clip with each of the captions, by kind of edit: from its inverted noise, or from that of a seed."""
     latents = clip.latents
     if seed is None:
         shares = {kind: STANDARDISED.get(kind, 0.0) for kind in captions}
-        starts = {share: inverted(bench, model, latents, share) for share in set(shares.values())}
-        return [sample(bench, model, words, latents, *starts[shares[kind]]) for kind, words in captions.items()]
-    latents, noise = torch.zeros_like(latents), comfy.sample.prepare_noise(latents, seed)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
-    return [sample(bench, model, words, latents, noise, sigmas) for words in captions.values()]
+        found = {share: inverted(bench, model, latents, share) for share in set(shares.values())}
+        starts = [found[share] for share in shares.values()]
+    else:
+        noise = comfy.sample.prepare_noise(torch.zeros_like(latents), seed)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), SCHEDULER, STEPS)
+        starts = [(noise, sigmas)] * len(captions)
+    return [sample(bench, model, words, clip, *start, outlines)
+            for words, start in zip(captions.values(), starts, strict=True)]  # fmt: skip
 
 
 def inverted(bench: Bench, model: Any, latents: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Noise and schedule, from DDIM Inversion with an empty prompt."""
     how = Inversion(steps=STEPS, scheduler=SCHEDULER, check=False, standardise=share)
     way = invert_clip(model, conditioning(bench, ""), {"samples": latents}, how)
-    return way.noise.generate_noise({"samples": latents}), way.sigmas
+    return way.noise.generate_noise({"samples": torch.zeros_like(latents)}), way.sigmas
 
 
 def arms(bench: Bench, clip: Source, number: int, parts: Sequence[str]) -> Iterator[tuple[str, list[Tensor]]]:
     """Edited clips with everything, and with one part left out each. The first is the source's own caption, sampled
-    with everything."""
+    with everything; the third has a ControlNet where the edit keeps the outlines, and else is the second."""
     captions, model = clip.edits, tuned(bench, clip, Reach.SPARSE)
     back, *made = edited(bench, model, clip, {"source": clip.words, **captions})
     yield "source", [back]
     yield "full", made
+    same = {kind: captions[kind] for kind in KEEP_OUTLINES}
+    kept = dict(zip(same, edited(bench, model, clip, same, outlines=True), strict=True))
+    yield "controlnet", [kept.get(kind, plain) for kind, plain in zip(captions, made, strict=True)]
     if "without_inversion" in parts:
-        yield "without_inversion", edited(bench, model, clip, captions, FIRST_SEED + number)
+        yield "without_inversion", edited(bench, model, clip, captions, seed=FIRST_SEED + number)
     if "without_tuning" in parts:
         yield "without_tuning", edited(bench, apply_frame_attention(bench.unet, FrameAttention()), clip, captions)
     if "without_st_attn" in parts:

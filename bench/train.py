@@ -40,12 +40,12 @@ from .side_by_side import device_name, report
 from .toy import CFG, FIRST_SEED, SAMPLER, STEPS, Bench, captions
 from .train_step import estimate_errors, step_figures
 
-REFERENCES = 24
+REFERENCES = 48
 RECIPE = {
     "rank": 16, "alpha": 16, "steps": 300, "learning_rate": 0.003,
-    "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 1, "accumulate": 1, "seed": 0,
+    "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 1, "accumulate": 4, "seed": 0,
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
-    "high_noise_weight": 600.0,
+    "high_noise_weight": 200.0,
 }  # fmt: skip
 RESUMED = {"steps": 12, "save_every": 100}
 BOTH = ("zoom_in", "pan_left")

@@ -33,7 +33,11 @@ def initialise_control(network: nn.Module, generator: torch.Generator) -> None:
 
 def hints(order: Order, chosen: np.ndarray) -> torch.Tensor:
     """Edges of the drawn pictures, white on black. Shapes: (n,) -> (n, 3, h, w) in {0, 1}."""
-    pictures = world.draw(world.join([order.scene(int(index))[1] for index in chosen]))
+    return edges(world.draw(world.join([order.scene(int(index))[1] for index in chosen])))
+
+
+def edges(pictures: torch.Tensor) -> torch.Tensor:
+    """White on black. Shapes: (n, h, w, 3) in [0, 1] -> (n, 3, h, w) in {0, 1}."""
     return canny(pictures.permute(0, 3, 1, 2), LOW, HIGH)[1].repeat(1, 3, 1, 1)
 
 
