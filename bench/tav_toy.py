@@ -40,6 +40,7 @@ STANDARDISED = {"ground": 0.75}
 """By what share the noise of an edit is standardised: what inversion finds in few steps holds on to the ground's
 colour."""
 KEEP_OUTLINES = ("colour", "ground")
+FAINT = 0.02, 0.05  # thresholds of Canny: colours of the toy world may be equally bright
 PARTS = ("without_inversion", "without_tuning", "without_st_attn")
 NEAR = 0.03  # of the frame: how far the path of an edit may be from that of its source
 
@@ -99,7 +100,7 @@ def held(bench: Bench, pictures: Tensor, *prompts: Any) -> list:
     Shapes: pictures (f, h, w, 3).
     """
     network = comfy.controlnet.load_controlnet(str(bench.folder / config.CONTROL_FILE))
-    network.set_cond_hint(control.edges(pictures), 1.0, (0.0, 1.0))
+    network.set_cond_hint(control.edges(pictures, *FAINT), 1.0, (0.0, 1.0))
     more = {"control": network, "control_apply_to_uncond": False}
     return [[[text, {**told, **more}] for text, told in prompt] for prompt in prompts]
 

@@ -36,9 +36,9 @@ def hints(order: Order, chosen: np.ndarray) -> torch.Tensor:
     return edges(world.draw(world.join([order.scene(int(index))[1] for index in chosen])))
 
 
-def edges(pictures: torch.Tensor) -> torch.Tensor:
+def edges(pictures: torch.Tensor, low: float = LOW, high: float = HIGH) -> torch.Tensor:
     """White on black. Shapes: (n, h, w, 3) in [0, 1] -> (n, 3, h, w) in {0, 1}."""
-    return canny(pictures.permute(0, 3, 1, 2), LOW, HIGH)[1].repeat(1, 3, 1, 1)
+    return canny(pictures.permute(0, 3, 1, 2), low, high)[1].repeat(1, 3, 1, 1)
 
 
 def loss_for(
