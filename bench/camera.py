@@ -138,5 +138,5 @@ CAMERAS = {
                        steady=partial(oracle.monotonic, growing=False)),
     "pan_left": Camera(Move.PAN_LEFT, 0.3, (14.0, 20.0), slide, partial(pans, direction="right")),
     "pan_right": Camera(Move.PAN_RIGHT, 0.3, (14.0, 20.0), slide, partial(pans, direction="left")),
-    "roll": Camera(Move.ROLL_CLOCKWISE, 0.6, (14.0, 20.0), swing, partial(rolls, sign=-1), TURNS),
+    "roll": Camera(Move.ROLL_CLOCKWISE, 0.35, (14.0, 20.0), swing, partial(rolls, sign=-1), TURNS),
 }  # fmt: skip

@@ -47,6 +47,8 @@ RECIPE = {
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
     "high_noise_weight": 200.0,
 }  # fmt: skip
+OWN = {"roll": {"steps": 600, "batch_size": 4, "accumulate": 1, "high_noise_weight": 600.0}}
+"""What a motion needs besides: a roll moves every place another way."""
 RESUMED = {"steps": 12, "save_every": 100}
 BOTH = ("zoom_in", "pan_left")
 
@@ -68,7 +70,7 @@ class Room:
 
     def learn(self, name: str, clips: Dataset, **widgets: Any) -> MotionModule:
         """The motion module with a MotionLoRA of this name, by Train MotionLoRA."""
-        how = lora_training(file_name=name, **RECIPE | widgets)
+        how = lora_training(file_name=name, **RECIPE | OWN.get(name, {}) | widgets)
         bench = self.bench
         return train_motion_lora(bench.unet, bench.motion(), bench.clip, bench.vae, clips, "", how)
 
@@ -224,13 +226,13 @@ def told_now_and_then() -> Iterator[None]:
 
 
 @contextmanager
-def files_in(folder: Path | None) -> Iterator[None]:
-    """While the context lasts, trained files go into this folder, or into one that is removed afterwards."""
+def files_in(folder: Path | None, kind: str = paths.MOTION_LORAS) -> Iterator[None]:
+    """While the context lasts, trained files of a kind go into this folder, or into one that is removed afterwards."""
     with tempfile.TemporaryDirectory() as passing:
         paths.register_folders()
         root = (folder or Path(passing)).absolute()
         root.mkdir(parents=True, exist_ok=True)
-        folder_paths.add_model_folder_path(paths.MOTION_LORAS, str(root), is_default=True)
+        folder_paths.add_model_folder_path(kind, str(root), is_default=True)
         yield
 
 

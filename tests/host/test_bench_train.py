@@ -6,8 +6,10 @@ import comfy.model_management
 import comfy.utils
 import pytest
 import tiny_host
+import torch
 from helpers_motion import SMALL
 from helpers_train import small_module
+from latentmotion.bench import layouts
 from latentmotion.bench import train as bench
 from latentmotion.bench.camera import CAMERAS, Clip, stills
 from latentmotion.bench.train_step import estimate_errors, step_figures
@@ -79,3 +81,17 @@ def test_the_memory_of_a_step_is_foreseen() -> None:
     errors = estimate_errors(((8, 8, 8), (4, 16, 16)), width=32)
     assert len(errors) == 4
     assert max(map(abs, errors.values())) < 0.25, errors
+
+
+def test_frames_that_agree_and_frames_that_go_somewhere_are_told_apart() -> None:
+    camera = layouts.CAMERA
+    pictures, lines = stills(camera, 2, seed=5)
+    made, _ = film_camera(pictures, lines, motion=camera.move.value, source=STILLS, frames=FRAMES, clips_each=1,
+                          amount=camera.amount, width=128, height=128, seed=0)  # fmt: skip
+    moving = [collect_pictures(film.clip) for film in made.films]
+    found = layouts.judge(moving)
+    assert found["alike"] == found["present"] == 1 and found["slide"] > 16 and found["change"] > 0
+    resting = layouts.judge([clip[:1].expand(FRAMES, -1, -1, -1) for clip in moving])
+    assert resting["alike"] == 1 and resting["present"] == resting["slide"] == resting["change"] == 0
+    mixed = layouts.judge([torch.cat([clip[:3], other[:3]]) for clip, other in zip(moving, moving[::-1], strict=True)])
+    assert mixed["alike"] == 0
