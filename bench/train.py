@@ -137,17 +137,18 @@ def measure_motion(room: Room, name: str) -> dict[str, float]:
     return {f"train.lora.{name}.{key}": value for key, value in figures.items()}
 
 
-def measure_both(room: Room) -> dict[str, float]:
+def measure_both(room: Room, names: list[str]) -> dict[str, float]:
     """Two MotionLoRAs on one module: each motion is there. They are trained where their files are not there yet."""
     module = room.bench.motion()
-    for name in BOTH:
+    for name in names:
         if not paths.new_file(paths.MOTION_LORAS, name).is_file():
             room.learn(name, room.references(CAMERAS[name]))
         module = add_motion_lora(module, f"{name}.safetensors", 1.0)
     still, made = ([oracle.read(clip) for clip in clips] for clips in (room.without(), room.clips(module)))
     figures = {f"{name}_present": share(CAMERAS[name].present(*pair) for pair in zip(made, still, strict=True))
-               for name in BOTH}  # fmt: skip
-    return {f"train.lora.both.{key}": value for key, value in (figures | {"caption_right": right(made)}).items()}
+               for name in names}  # fmt: skip
+    where = f"train.lora.{'_and_'.join(names)}"
+    return {f"{where}.{key}": value for key, value in (figures | {"caption_right": right(made)}).items()}
 
 
 def measure_resume(room: Room) -> dict[str, float]:
@@ -192,7 +193,7 @@ def measure(room: Room | None, name: str, args: Any) -> dict[str, float]:
     if name == "estimate":
         return {"train.estimate_error_max": max(map(abs, estimate_errors().values()))}
     if name == "both":
-        return measure_both(room)
+        return measure_both(room, args.both)
     return measure_resume(room) if name == "resume" else measure_motion(room, name)
 
 
@@ -243,6 +244,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="*", choices=sections, default=sections, help="measure only these")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     parser.add_argument("--out", type=Path, help="folder for the MotionLoRAs; those that are there are not made again")
+    parser.add_argument("--both", nargs=2, choices=CAMERAS, default=BOTH, help="both: the motions at once")
     parser.add_argument("--size", type=int, default=256, help="step: pixels a side")
     parser.add_argument("--frames", type=int, default=16, help="step: frames of a clip")
     parser.add_argument("--rank", type=int, default=64, help="step: rank of the MotionLoRA")
