@@ -22,7 +22,8 @@ class Stopped(Exception):
 
 LossFunction = Callable[[int, torch.Generator], torch.Tensor]
 """(number of the batch, generator seeded for that batch) -> scalar loss."""
-SMALLEST_SCALE = 2.0**-10
+MOST_BAD = 20  # steps in a row whose gradients are not finite
+GOOD = 500  # steps after which a scale that was halved is doubled
 
 
 def fit(
@@ -44,7 +45,8 @@ def fit(
     `state_path` sees the same numbers as one that was never interrupted. The state is written every `save_every`
     steps and `save_every_s` seconds, and when anything ends the run before its last step.
     losses: gets the loss of every step, of those before an interruption too.
-    loss_scale: factor that keeps float16 gradients from vanishing; halved, and the step left out, when they overflow.
+    loss_scale: factor that keeps float16 gradients from vanishing; halved, and the step left out, when they overflow,
+    and doubled again after many steps that did not.
     finish: gets the result while the state is still there, so that what cannot be written is not lost.
     Raises Stopped when `should_stop()` says so, TrainingError when the loss is not a number any more.
     """
@@ -77,7 +79,8 @@ class _Run:
     """What changes while a run goes on."""
 
     def __init__(self, parameters: dict[str, nn.Parameter], recipe: Recipe, losses: list[float], scale: float) -> None:
-        self.recipe, self.losses, self.scale = recipe, losses, scale
+        self.recipe, self.losses, self.scale, self.top = recipe, losses, scale, scale
+        self.good = self.bad = 0  # steps in a row whose gradients were finite, or were not
         self.masters = Masters(parameters)
         tensors = self.masters.tensors
         how = {"weight_decay": recipe.weight_decay, "betas": (0.9, recipe.beta2)}
@@ -103,15 +106,18 @@ class _Run:
             self.optimiser.step()
             self.masters.push()
             _update_average(self.average, tensors, min(recipe.average, (1 + self.step) / (10 + self.step)))
+            self.good, self.bad = self.good + 1, 0
+            self.scale = min(self.top, self.scale * 2) if self.good % GOOD == 0 else self.scale
         else:
-            self.scale /= 2
+            self.good, self.bad = 0, self.bad + 1
+            self.scale = max(1.0, self.scale / 2)
         self.optimiser.zero_grad(set_to_none=True)
         self.losses.append(total / recipe.accumulate)
         self.step += 1
-        if self.scale < SMALLEST_SCALE:
+        if self.bad >= MOST_BAD:
             raise TrainingError(
-                f"{recipe.name}: the loss is not a number any more at step {self.step}, so nothing can be learned "
-                "from it. Lower the learning rate and start again."
+                f"{recipe.name}: the loss is not a number any more since step {self.step - self.bad + 1}, so nothing "
+                "can be learned from it. Lower the learning rate and start again."
             )
         self.consistent = True
 
@@ -124,6 +130,8 @@ class _Run:
             "average": self.average,
             "losses": self.losses,
             "scale": self.scale,
+            "good": self.good,
+            "bad": self.bad,
         }
         save_state(path, state)
 
@@ -137,6 +145,7 @@ class _Run:
         for name, tensor in self.average.items():
             tensor.copy_(state["average"][name])
         self.step, self.scale = state["step"], state.get("scale", self.scale)
+        self.good, self.bad = state.get("good", 0), state.get("bad", 0)
         self.losses[:] = state.get("losses", [])
 
 

@@ -91,8 +91,24 @@ def test_steps_that_overflow_are_left_out_and_endless_ones_reported():
     factor = {1: float("inf")}
     fit(dict(layer.named_parameters()), lambda n, _: layer.weight.sum() * factor.get(n, 1.0), recipe, loss_scale=256.0)
     assert layer.weight.isfinite().all() and not torch.equal(layer.weight, before)
-    with pytest.raises(TrainingError, match="Lower the learning rate"):
-        fit(dict(layer.named_parameters()), lambda *_: layer.weight.sum() * float("nan"), recipe)
+    with pytest.raises(TrainingError, match="not a number any more since step 4, .* Lower the learning rate"):
+        bad = lambda n, _: layer.weight.sum() * (1.0 if n < 3 else float("nan"))  # noqa: E731
+        fit(dict(layer.named_parameters()), bad, recipe)
+
+
+def test_one_bad_clip_of_five_does_not_end_a_run():
+    """However often it comes, and the scale of float16 comes back meanwhile."""
+    layer, seen = nn.Linear(2, 1, bias=False), []
+    recipe = Recipe("overflow", steps=1400, batch=1, learning_rate=0.01, warmup=1, weight_decay=0.0)
+
+    def loss_of(number: int, generator: torch.Generator) -> torch.Tensor:
+        loss = layer.weight.square().sum() * (float("nan") if number % 5 == 0 and number < 300 else 1.0)
+        loss.register_hook(lambda scale: seen.append(float(scale)))
+        return loss
+
+    fit(dict(layer.named_parameters()), loss_of, recipe, loss_scale=256.0)
+    assert layer.weight.isfinite().all() and layer.weight.abs().max() < 0.01
+    assert min(seen) == 1.0 and max(seen[800:]) == 4.0
 
 
 def test_the_loss_scale_changes_no_update():
