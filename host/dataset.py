@@ -110,13 +110,13 @@ class Shelf:
     def latents(self, film: Film, encode: Callable[[Clip], Tensor]) -> Tensor:
         """From the disk where the film is the same, else encoded. Shapes: -> (frames, c, h, w), float32."""
         if not film.mark:
-            return encode(film.clip)
+            return encoded(film, encode)
         name = hashlib.sha256(repr((film.name, film.mark, self.stamp)).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.safetensors"
         if path.is_file():
             with torch.inference_mode(False):
                 return load_weights(path)["latents"]
-        made = encode(film.clip)
+        made = encoded(film, encode)
         try:
             save_weights(path, {"latents": made}, {}, torch.float32)
         except OSError as error:
@@ -125,8 +125,17 @@ class Shelf:
         return made
 
 
+def encoded(film: Film, encode: Callable[[Clip], Tensor]) -> Tensor:
+    """The film's latents. Raises TrainingError where they are not all numbers, as nothing can be learned from them."""
+    made = encode(film.clip)
+    if not made.isfinite().all():
+        raise TrainingError(f"What the VAE makes of {film.name} are not all numbers (NaN or infinite). If its pictures "
+                            "are whole, let the VAE compute in float32: start ComfyUI with --fp32-vae.")  # fmt: skip
+    return made
+
+
 def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Clip], Tensor],
-               shelf: Shelf | None = None) -> Clips:  # fmt: skip
+               shelf: Shelf | None = None, drop: float = 0.1) -> Clips:  # fmt: skip
     """Every film that is long enough, encoded once; of its pictures a chunk is in memory at a time.
 
     Raises TrainingError before anything is encoded, and VideoError where a file turns out to be damaged.
@@ -136,13 +145,13 @@ def as_latents(dataset: Dataset, frames: int, stride: int, encode: Callable[[Cli
     films = [film for film in dataset.films if any(piece.film is film for piece in taken)]
     bar = comfy.utils.ProgressBar(len(films))
     for film in films:
-        whole = shelf.latents(film, encode) if shelf else encode(film.clip)
+        whole = shelf.latents(film, encode) if shelf else encoded(film, encode)
         for piece in taken:
             if piece.film is film:
                 latents.append(whole[piece.start : piece.start + piece.frames])
                 captions.append(piece.caption)
         bar.update(1)
-    return Clips(tuple(latents), tuple(captions), frames, stride)
+    return Clips(tuple(latents), tuple(captions), frames, stride, drop)
 
 
 def film_camera(clips: Any, captions: str, *, motion: str, source: str, frames: int, amount: float, clips_each: int,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -19,7 +18,6 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ..media.clip import Clip
 from ..motion_modules.animatediff.lora import read_motion_lora
 from ..motion_modules.animatediff.spec import JointNorms, MotionSpec
 from ..motion_modules.call import MotionCall
@@ -27,17 +25,17 @@ from ..motion_modules.errors import ModelMismatchError, TrainingError
 from ..motion_modules.files import read_weights
 from ..motion_modules.norm import Affine
 from ..training.attention import attention, over_frames
-from ..training.checkpoint import load_state, read_recipe, save_weights
-from ..training.clips import EMPTY, Clips
-from ..training.dataset import Dataset
+from ..training.checkpoint import read_recipe, read_state_recipe, save_weights
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.loop import Stopped, fit
 from ..training.lora import LowRankSet, attention_layers, published_pairs
 from ..training.recipe import Recipe
-from .dataset import Shelf, as_latents, dataset_of
-from .encode import encode_frames
-from .inflate import KEY, Motion, MotionSettings
+from . import attention as frames_of
+from . import inflate, tuned
+from .dataset import dataset_of
+from .inflate import Motion, MotionSettings
+from .material import Material, fingerprint, material
 from .motion import MotionModule, check_teachable, patch_motion_lora
 from .progress import Report, TrainingProgress
 from .samples import Samples
@@ -46,7 +44,7 @@ from .train_loss import Conditions, loss_scale, noise_loss, precision_of, workin
 from .training_layers import heavy_layers, layers_of
 from .unet import CALLS, MotionSlot, check_fit, host_affine, inflated, joint_norms
 
-ENCODED_AT_ONCE = 8
+IDENTITY = ("about", "likeness")  # what a recipe says of clips and models
 log = logging.getLogger(__name__)
 
 
@@ -134,7 +132,7 @@ def train_motion_lora(
     check_image_model(model)
     check_motion(model, module.spec, module.name, how)
     check_teachable(module)
-    cuts, contexts = prepare(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
+    learned = material(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
     model = model.clone()
     if module.spec.variant.schedule is not None:
         set_schedule(model, module.spec.variant.schedule)
@@ -149,15 +147,15 @@ def train_motion_lora(
         with changes.on(network, how.scale), video_unet(model, slots, motion.joint, call, how.recompute) as options:
             yield Learner(dict(changes.named_parameters()), options, partial(published_pairs, changes, how.scale))
 
-    run(Stage(lora_size(network, names, how.rank), module.spec, (module.patcher,), begin), model, cuts, contexts, how)
+    run(Stage(lora_size(network, names, how.rank), module.spec, (module.patcher,), begin), model, learned, how)
     return patch_motion_lora(module, read_motion_lora(read_weights(how.path), how.path.name), 1.0)
 
 
 def check_image_model(model: ModelPatcher) -> None:
     """Raise ModelMismatchError for a MODEL that makes video already."""
-    if model.get_wrappers(WrappersMP.APPLY_MODEL, KEY):
-        raise ModelMismatchError("This MODEL makes video already, and training puts the motion module on by itself. "
-                                 "Connect the image model from before Apply Motion Module.")  # fmt: skip
+    if any(model.get_wrappers(WrappersMP.APPLY_MODEL, key) for key in (inflate.KEY, frames_of.KEY, tuned.KEY)):
+        raise ModelMismatchError("This MODEL makes video already, and training does that by itself. Connect the image "
+                                 "model, from before nodes for motion and ST-Attention.")  # fmt: skip
 
 
 def check_motion(model: ModelPatcher, spec: MotionSpec, name: str, how: Training) -> None:
@@ -174,51 +172,38 @@ def lora_size(network: nn.Module, names: list[str], rank: int) -> int:
     return rank * sum(layer.in_features + layer.out_features for layer in layers)
 
 
-def prepare(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: Training) -> tuple[Clips, dict[str, list]]:
-    """The clips as latents, and the captions (and the empty one) as CONDITIONING; every one of them once."""
-    network = getattr(vae, "first_stage_model", None)
-    shelf = Shelf(how.latents, fingerprint(network) if network else "")
-    cuts = as_latents(dataset, how.frames, how.stride, partial(encode_pictures, model, vae), shelf)
-    return cuts, encode_texts(clip, [*dict.fromkeys(cuts.captions), EMPTY])
-
-
-def encode_pictures(model: ModelPatcher, vae: Any, film: Clip) -> Tensor:
-    """Every picture as the model's network sees it. Shapes: -> (frames, c, h/8, w/8), float32 on the CPU."""
-    latents = model.model.process_latent_in(encode_frames(vae, film, ENCODED_AT_ONCE))
-    with torch.inference_mode(False):
-        return latents.float().clone()
-
-
-def encode_texts(clip: Any, texts: list[str]) -> dict[str, list]:
-    """CONDITIONING of every text, each encoded once."""
-    return {text: clip.encode_from_tokens_scheduled(clip.tokenize(text)) for text in texts}
-
-
-def run(stage: Stage, model: ModelPatcher, clips: Clips, contexts: dict, how: Training) -> None:
+def run(stage: Stage, model: ModelPatcher, learned: Material, how: Training) -> None:
     """Train, and write the file; nothing is done where it is there already. Raises TrainingError."""
-    images, item = how.recipe.batch * clips.frames, working_type(model.model).itemsize
-    layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames,
-                       model.load_device)  # fmt: skip
-    needed = run_bytes(stage.trained, layers, images, item, how.recompute)
-    how.report.begin(how.path, stage.trained, needed)
     patchers = [model, *stage.patchers]
-    comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
-    model.pre_run()
-    try:
-        with training():
-            conditions, networks = Conditions(model, contexts, clips), [patcher.model for patcher in patchers]
-            with frozen(*networks):
-                recipe = _signed(how, clips, precision_of(model.model), *networks)
-                if not is_finished(how, recipe):
-                    with stage.begin() as learner:
-                        loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
-                        samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
-                        learn(learner.parameters, loss_of, recipe, how, loss_scale(recipe),
-                              lambda weights: write_file(how.path, learner.tensors(weights), recipe, learner.dtype),
-                              samples)  # fmt: skip
-    finally:
-        model.cleanup()
+    recipe = signed(how, learned, patchers)
+    if not is_finished(how, recipe):
+        clips = learned.clips()
+        images, item = how.recipe.batch * clips.frames, working_type(model.model).itemsize
+        layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames,
+                           model.load_device)  # fmt: skip
+        needed = run_bytes(stage.trained, layers, images, item, how.recompute)
+        how.report.begin(how.path, stage.trained, needed)
+        with in_place(patchers, needed), training():
+            conditions = Conditions(model, learned.contexts, clips)
+            with frozen(*(patcher.model for patcher in patchers)), stage.begin() as learner:
+                loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
+                samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
+                learn(learner.parameters, loss_of, recipe, how, loss_scale(recipe),
+                      lambda weights: write_file(how.path, learner.tensors(weights), recipe, learner.dtype),
+                      samples)  # fmt: skip
     shutil.rmtree(how.latents, ignore_errors=True)
+
+
+@contextmanager
+def in_place(patchers: list[ModelPatcher], needed: float = 0) -> Iterator[None]:
+    """While the context lasts the models are on their device as their patches make them, the first one as in a
+    sampling run, with `needed` bytes free beside them."""
+    comfy.model_management.load_models_gpu(patchers, memory_required=needed, force_full_load=True)
+    patchers[0].pre_run()
+    try:
+        yield
+    finally:
+        patchers[0].cleanup()
 
 
 def write_file(path: Path, tensors: dict[str, Tensor], recipe: Recipe, dtype: torch.dtype,
@@ -261,10 +246,14 @@ def motion_call(model: ModelPatcher, frames: int, affine: Affine) -> MotionCall:
 
 
 def call_options(model: ModelPatcher) -> dict[str, Any]:
-    """The options the UNet is called with in a run: those of the MODEL, and an attention that learns quickly."""
+    """The options the UNet is called with in a run: those of the MODEL, and an attention that learns quickly.
+
+    What other nodes put around its calls is left out: caches, compilers and the like are for sampling.
+    """
     own = model.model_options["transformer_options"]
-    return {"optimized_attention_override": attention, **own, "cond_or_uncond": [0], "wrappers": model.wrappers,
-            "callbacks": model.callbacks}  # fmt: skip
+    left_out = {"wrappers", "callbacks"}
+    return {"optimized_attention_override": attention, "cond_or_uncond": [0],
+            **{key: value for key, value in own.items() if key not in left_out}}  # fmt: skip
 
 
 @contextmanager
@@ -277,37 +266,36 @@ def video_unet(model: ModelPatcher, slots: Iterable[tuple[nn.Module, MotionSlot]
         yield call_options(model) | {CALLS: {0: call}}
 
 
-def _signed(how: Training, clips: Clips, precision: str, *networks: nn.Module) -> Recipe:
-    """The recipe with everything else the result depends on."""
-    settings = {**how.settings(), "clips": clips.digest(), "models": [fingerprint(network) for network in networks]}
-    return signed(how, json.dumps(settings, sort_keys=True), precision)
+def signed(how: Training, learned: Material, patchers: list[ModelPatcher]) -> Recipe:
+    """The recipe of a run, with everything else the result depends on. The first of the models is the one that learns.
 
-
-def signed(how: Training, about: str, precision: str) -> Recipe:
-    """The recipe of a run. Raises TrainingError where it asks for a precision that the MODEL does not compute in."""
+    Raises TrainingError where it asks for a precision that the MODEL does not compute in.
+    """
+    model = patchers[0]
+    with in_place(patchers):
+        precision, schedule = precision_of(model.model), model.get_model_object("model_sampling")
+        models = [fingerprint(patcher.model) for patcher in patchers]
     asked = how.recipe.precision
     if asked not in ("", precision):
         raise TrainingError(f"The recipe asks for {asked}, and this MODEL computes in {precision}. Load the model so "
                             f"that it computes in {asked}, or leave precision out of the recipe.")  # fmt: skip
-    return replace(how.recipe, about=about, precision=precision, recompute=how.recompute)
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A short text that differs between networks: of their tensors' names and first numbers."""
-    digest = hashlib.sha256()
-    for name, tensor in network.named_parameters():
-        digest.update(name.encode())
-        digest.update(tensor.flatten()[:8].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    kinds = [kind.__name__ for kind in type(schedule).__mro__]
+    ends = [f"{float(sigma):.4g}" for sigma in (schedule.sigma_min, schedule.sigma_max)]
+    about = {**how.settings(), "clips": learned.told(), "models": models, "sampling": kinds + ends}
+    return replace(how.recipe, about=json.dumps(about, sort_keys=True), likeness=learned.likeness(),
+                   precision=precision, recompute=how.recompute)  # fmt: skip
 
 
 def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or settings") -> bool:
-    """Whether the file is there already. Raises TrainingError where something else would be overwritten.
+    """Whether the file is there already, or else what the run has to begin with: nothing, or a state of its own.
 
-    about: what the recipe's `about` stands for, in words.
+    about: what the recipe's `about` stands for, in words. Raises TrainingError where something else would be replaced.
     """
+    began = read_state_recipe(how.state)
+    other = [] if began is None else recipe.differences(began)
     if not how.go_on:
-        how.state.unlink(missing_ok=True)
+        if other:
+            how.state.unlink()
         return False
     if how.path.is_file():
         made = read_recipe(how.path)
@@ -316,16 +304,13 @@ def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or se
             return True
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
                             "file_name, or set existing to 'start over' to replace it.")  # fmt: skip
-    state = load_state(how.state)
-    if state is not None:
-        began, now = state["recipe"], recipe.told()
-        other = recipe.differences(began)
-        if other:
-            said = ", ".join(about if name == "about" else f"{name} {_said(began[name])}"
-                             f" (now {_said(now.get(name))})" for name in other)  # fmt: skip
-            raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: {said}. "
-                                "Set them back to go on with it, choose another file_name, or set existing to "
-                                "'start over'.")  # fmt: skip
+    if other:
+        now = recipe.told()
+        said = [f"{name} {_said(began[name])} (now {_said(now.get(name))})" for name in other if name not in IDENTITY]
+        said += [about] * any(name in IDENTITY for name in other)
+        raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: "
+                            f"{', '.join(said)}. Set them back to go on with it, choose another file_name, or set "
+                            "existing to 'start over'.")  # fmt: skip
     return False
 
 

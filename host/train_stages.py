@@ -26,6 +26,7 @@ from ..training.frozen import recomputed, training
 from ..training.lora import LowRankSet, published_pairs
 from ..training.recipe import chosen
 from .dataset import dataset_of
+from .material import fingerprint, material
 from .motion import MotionModule, manage
 from .schedule import set_schedule
 from .train import (
@@ -36,10 +37,8 @@ from .train import (
     call_options,
     check_image_model,
     check_motion,
-    fingerprint,
     lora_size,
     motion_call,
-    prepare,
     run,
     video_unet,
     working_type,
@@ -72,7 +71,7 @@ def train_domain_adapter(
     check_image_model(model)
     levels_of(model.get_model_object("diffusion_model"))
     dataset = dataset_of(clips, captions, 1 if isinstance(clips, Tensor) else 0)
-    cuts, contexts = prepare(model, clip, vae, dataset, how)
+    learned = material(model, clip, vae, dataset, how)
     model, unet = model.clone(), model.model.diffusion_model
     layers = published_layers(model, how.recipe.trains)
 
@@ -83,7 +82,7 @@ def train_domain_adapter(
             tensors = partial(published_pairs, changes, how.scale, names=layers)
             yield Learner(dict(changes.named_parameters()), call_options(model), tensors)
 
-    run(Stage(lora_size(unet, list(layers), how.rank), None, (), begin), model, cuts, contexts, how)
+    run(Stage(lora_size(unet, list(layers), how.rank), None, (), begin), model, learned, how)
     return comfy.sd.load_lora_for_models(model, None, read_weights(how.path), 1.0, 0.0)[0]
 
 
@@ -119,13 +118,13 @@ def train_motion_module(
     unet = model.get_model_object("diffusion_model")
     spec = module.spec if module else new_spec(*levels_of(unet), how.with_mid, how.convolves)
     check_motion(model, spec, module.name if module else "The new motion module", how)
-    cuts, contexts = prepare(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
+    learned = material(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
     model = model.clone()
     if spec.variant.schedule is not None:
         set_schedule(model, spec.variant.schedule)
     start = starting_point(spec, module, how.recipe.seed)
     how = replace(how, start=fingerprint(start))
-    run(_stage(model, spec, start, how), model, cuts, contexts, how)
+    run(_stage(model, spec, start, how), model, learned, how)
     return manage(read_motion_module(read_weights(how.path), how.path.name), how.path.name)
 
 

@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
-import comfy.model_management
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
 from ..media.clip import Clip, clip_of_images, part_of_clip
 from ..motion_modules.animatediff.spec import V2, MotionSpec
 from ..motion_modules.call import MotionCall
-from ..motion_modules.errors import ModelMismatchError, TrainingError
+from ..motion_modules.errors import TrainingError
 from ..motion_modules.files import read_metadata, read_weights
 from ..motion_modules.tune_a_video.attention import Reach
 from ..motion_modules.tune_a_video.checkpoint import QUERIES, Base, portable, read_tuned
 from ..motion_modules.tune_a_video.network import TunedModel, initial_weights, trained_shapes
-from ..training.attention import attention, over_frames
-from ..training.clips import EMPTY, Clips
+from ..training.attention import over_frames
+from ..training.dataset import Dataset, Film
 from ..training.estimate import run_bytes
 from ..training.frozen import frozen, recomputed, training
 from ..training.recipe import Recipe, chosen
 from . import attention as frames_of
-from . import inflate, tuned
+from . import tuned
 from .attention import FrameAttention
+from .material import Material, material
 from .samples import Samples
 from .train import (
     Conditions,
     Training,
-    encode_pictures,
-    encode_texts,
-    fingerprint,
+    call_options,
+    check_image_model,
+    in_place,
     is_finished,
     learn,
     loss_scale,
     noise_loss,
-    precision_of,
     signed,
     working_type,
     write_file,
@@ -62,6 +59,9 @@ class Tuning(Training):
 
     base_name: str = ""
     reach: Reach = Reach.SPARSE
+
+    def settings(self) -> dict[str, Any]:
+        return {} if self.reach is Reach.SPARSE else {"keys_from": self.reach.value}
 
 
 def loader_name(prompt: Mapping[str, Any] | None, node: str | None) -> str:
@@ -84,16 +84,12 @@ def tune_video_model(model: ModelPatcher, clip: Any, vae: Any, video: Any, promp
     Raises TrainingError and ModelMismatchError with a sentence for the user.
     """
     frames_of.check_image_unet(model.get_model_object("diffusion_model"), "Tuning")
-    for key in (inflate.KEY, frames_of.KEY, tuned.KEY):
-        if model.get_wrappers(WrappersMP.APPLY_MODEL, key):
-            raise ModelMismatchError("This MODEL makes video already, and tuning makes it one by itself. Connect the "
-                                     "image model, from before nodes for motion and ST-Attention.")  # fmt: skip
+    check_image_model(model)
     if not prompt.strip():
         raise TrainingError("The clip has no prompt. Write what it shows, and later change the words of it.")
     film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
-    latents = encode_pictures(model, vae, chosen_frames(film, how.frames, how.stride))
-    clips = Clips((latents,), (prompt.strip(),), how.frames, drop=0.0)
-    _tune(model.clone(), clips, encode_texts(clip, [*clips.captions, EMPTY]), how)
+    taken = Film("The video", chosen_frames(film, how.frames, how.stride), (how.frames,), (prompt.strip(),))
+    _tune(model.clone(), material(model, clip, vae, Dataset((taken,)), how, drop=0.0, stride=1), how)
     file = read_tuned(read_weights(how.path), read_metadata(how.path), how.path.name)
     made = tuned.apply_tuned(model, file)
     return made if how.reach is Reach.SPARSE else frames_of.apply_frame_attention(made, FrameAttention(how.reach))
@@ -117,31 +113,22 @@ def chosen_frames(film: Clip, frames: int, stride: int) -> Clip:
     return replace(film, frames=frames, chunks=chunks, sound=None)
 
 
-def _tune(model: ModelPatcher, clips: Clips, contexts: dict[str, list], how: Tuning) -> None:
-    unet = model.model.diffusion_model
-    base = tuned.base_of(model, how.base_name or "it was tuned on")
+def _tune(model: ModelPatcher, learned: Material, how: Tuning) -> None:
+    base, recipe = tuned.base_of(model, how.base_name), signed(how, learned, [model])
+    if is_finished(how, recipe, ABOUT):
+        return
+    clips = learned.clips()
     trained, needed = foreseen(model, clips.frames, clips.latents[0].shape[-2:], how.recompute)
     how.report.begin(how.path, trained, needed)
-    comfy.model_management.load_models_gpu([model], memory_required=needed, force_full_load=True)
-    model.pre_run()
-    try:
-        with training():
-            conditions = Conditions(model, contexts, clips)
-            with frozen(model.model):
-                settings = {"clip": clips.digest(), "model": fingerprint(unet)}
-                if how.reach is not Reach.SPARSE:
-                    settings["keys_from"] = how.reach.value
-                recipe = signed(how, json.dumps(settings, sort_keys=True), precision_of(model.model))
-                if is_finished(how, recipe, ABOUT):
-                    return
-                network = new_network(model, recipe.seed)
-                with tuned_unet(model, network, clips.frames, how.recompute, how.reach) as (parameters, options):
-                    write, parameters = _writer(parameters, base, recipe, how), _learning(parameters, recipe)
-                    loss_of = noise_loss(model.model, clips, conditions, options, recipe)
-                    samples = Samples(model.model, clips, conditions, options, recipe.seed)
-                    learn(parameters, loss_of, recipe, how, loss_scale(recipe), write, samples)
-    finally:
-        model.cleanup()
+    with in_place([model], needed), training():
+        conditions = Conditions(model, learned.contexts, clips)
+        with frozen(model.model):
+            network = new_network(model, recipe.seed)
+            with tuned_unet(model, network, clips.frames, how.recompute, how.reach) as (parameters, options):
+                write, parameters = _writer(parameters, base, recipe, how), _learning(parameters, recipe)
+                loss_of = noise_loss(model.model, clips, conditions, options, recipe)
+                samples = Samples(model.model, clips, conditions, options, recipe.seed)
+                learn(parameters, loss_of, recipe, how, loss_scale(recipe), write, samples)
 
 
 def foreseen(model: ModelPatcher, frames: int, size: tuple[int, int], recompute: bool) -> tuple[int, int]:
@@ -172,16 +159,13 @@ def tuned_unet(model: ModelPatcher, network: TunedModel, frames: int, recompute:
     """
     unet, places = model.model.diffusion_model, tuned.places_of(model)
     call = MotionCall(frames, torch.arange(frames), attention=over_frames)
-    own = model.model_options["transformer_options"]
-    options = {"optimized_attention_override": attention, **own, "cond_or_uncond": [0],
-               "wrappers": model.wrappers, "callbacks": model.callbacks}  # fmt: skip
     heavy = list(heavy_layers(unet)) if recompute else []
     temporal = {name: p for name, p in network.named_parameters() if p.requires_grad}
     names = {f"{slot}.{part}.weight": f"{places[slot]}.{part}" for slot in places for part in QUERIES}
     with trainable(unet, names, working_type(model.model)) as queries, recomputed(heavy), \
             FrameAttention(reach).on(unet, frames), \
             tuned.temporal_attention(unet, network, places, call):  # fmt: skip
-        yield {**queries, **temporal}, options
+        yield {**queries, **temporal}, call_options(model)
 
 
 @contextmanager

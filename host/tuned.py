@@ -141,8 +141,10 @@ def _check_fit(model: ModelPatcher, places: dict[str, str], file: TunedFile) -> 
 
 def _check_base(model: ModelPatcher, file: TunedFile) -> None:
     if file.base is not None and not file.base.is_same(base_of(model, "")):
-        raise ModelMismatchError(f"{file.name} holds differences to the image model {file.base.name}, and this MODEL "
-                                 f"was loaded from another one. Load {file.base.name} and put it there.")  # fmt: skip
+        name = file.base.name
+        base, wanted = (f"the image model {name}", name) if name else ("an image model", "the one it was tuned on")
+        raise ModelMismatchError(f"{file.name} holds differences to {base}, and this MODEL was loaded from another "
+                                 f"one. Load {wanted} and put it there.")  # fmt: skip
 
 
 def _changes(model: ModelPatcher, file: TunedFile) -> Iterator[tuple[str, Tensor]]:

@@ -63,8 +63,9 @@ class LoadVideoDataset(io.ComfyNode):
         return data.known_folder(folder)
 
     @classmethod
-    def fingerprint_inputs(cls, folder: str, **settings: object) -> object:
-        return data.state_of_folder(folder)
+    def fingerprint_inputs(cls, folder: str | None = None, **settings: object) -> object:
+        """A folder that is linked is known only when the node runs, so it runs every time."""
+        return float("nan") if folder is None else data.state_of_folder(folder)
 
     @classmethod
     def execute(cls, folder: str, **settings: object) -> io.NodeOutput:

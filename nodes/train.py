@@ -137,7 +137,7 @@ class TrainMotionModule(io.ComfyNode):
                     "motion_module is connected.",
                 ),
                 *_step_inputs(20000, 0.0001),
-                *_clip_inputs(stride=4),
+                *_clip_inputs(),
                 *_batch_inputs(1, accumulate=4),
                 *run_inputs(500),
                 MotionModuleSocket.Input(
@@ -212,10 +212,17 @@ def _step_inputs(steps: int, rate: float) -> list[io.Input]:
     ]
 
 
-def _clip_inputs(stride: int = 1) -> list[io.Input]:
+def _clip_inputs() -> list[io.Input]:
     return [
         io.Int.Input("frames", default=16, min=2, max=1024, tooltip="Frames of a training clip."),
-        io.Int.Input("stride", default=stride, min=1, max=64, tooltip="Every how many frames of a clip one is taken."),
+        io.Int.Input(
+            "stride",
+            default=1,
+            min=1,
+            max=64,
+            tooltip="Every how many frames of a clip one is taken: 1 at 8 frames a second, as Load Video Dataset reads "
+            "them, 4 at 30, as AnimateDiff learned.",
+        ),
         io.Int.Input(
             "clip_length",
             default=0,
@@ -281,7 +288,8 @@ def run_inputs(
             "existing",
             options=options.EXISTING,
             default=options.GO_ON,
-            tooltip="'go on' takes up an interrupted run and keeps a finished file; 'start over' replaces them.",
+            tooltip="'go on' takes up an interrupted run and keeps a finished file. 'start over' replaces the file, "
+            "and what was begun with other settings.",
         ),
         io.Int.Input(
             "sample_every",

@@ -59,11 +59,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:
-        beside.unlink(missing_ok=True)
         raise TrainingError(
             f"The state of the training could not be written to {path} ({error}). Make room on that disk; training "
             "then goes on from the state that was written before, if there is one."
         ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_state_recipe(path: Path) -> dict[str, Any] | None:
+    """The recipe of an interrupted run, or None where there is none. The rest of its state stays on the disk."""
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["recipe"] if path.is_file() else None
 
 
 def load_state(path: Path) -> dict[str, Any] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,14 +37,6 @@ class Clips:
                     f"Clip {number} has {len(clip)} frames, and {self.frames} frames{every} need {needed}. Choose "
                     "fewer frames or a smaller stride, or give longer clips."
                 )
-
-    def digest(self) -> str:
-        """A short text that differs where latents, captions or cuts do."""
-        digest = hashlib.sha256(repr((self.captions, self.frames, self.stride, self.drop)).encode())
-        for clip in self.latents:
-            digest.update(repr(tuple(clip.shape)).encode())
-            digest.update(clip.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def draw(self, batch: int, generator: torch.Generator) -> tuple[Tensor, list[str]]:
         """Cut a batch from clips and starts chosen at random.

@@ -6,14 +6,17 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from operator import eq
 from typing import Any
 
 from ..motion_modules.errors import TrainingError, check_choice
+from .likeness import alike
 
 LOSSES = ("mse", "huber")
 OPTIMISERS = ("AdamW",)
 PRECISIONS = ("", "float32", "bfloat16", "float16")
 SAME_RESULT = "same result"  # marks what may differ between the parts of one run
+LIKENESS = "likeness"  # marks what may differ by rounding
 Range = tuple[float, float]
 
 
@@ -38,6 +41,7 @@ class Recipe:
     beta2: float = 0.99  # memory of AdamW for the size of gradients
     ceiling: float = 1.0  # how many times more the noisiest levels may count, see `noise_loss`
     about: str = ""  # of what is trained on what; another text is another run
+    likeness: tuple[float, ...] = field(default=(), metadata={LIKENESS: True})  # of pictures and texts as read
     trains: tuple[str, ...] = ()  # parts of the names of what learns, none for all that could
     loss: str = "mse"  # of LOSSES
     levels: tuple[Range, ...] = ((0.0, 1.0),)  # of the schedule, from clean to noise; each gets as many samples
@@ -67,8 +71,10 @@ class Recipe:
         An older version wrote fewer of them. Whatever it wrote that is not known here is a difference.
         """
         now, told = self.told(), json.loads(json.dumps(dict(other)))
-        free = {item.name for item in fields(self) if SAME_RESULT in item.metadata}
-        return sorted(name for name in told.keys() - free if name not in now or told[name] != now[name])
+        free, close = ({item.name for item in fields(self) if mark in item.metadata}
+                       for mark in (SAME_RESULT, LIKENESS))  # fmt: skip
+        same = {name: alike if name in close else eq for name in now}
+        return sorted(name for name in told.keys() - free if name not in now or not same[name](told[name], now[name]))
 
 
 def chosen(names: Iterable[str], parts: Iterable[str]) -> list[str]:

@@ -23,11 +23,11 @@ def small_module(**layout: Any) -> MotionModule:
 
 
 class Text:
-    """Stands for a CLIP: a caption is a row of numbers made from its letters, and asked for once."""
+    """Stands for a CLIP: a caption is a row of numbers made from its letters. off: added to every number."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, off: float = 0.0) -> None:
         self.asked: list[str] = []
-        self.width = width
+        self.width, self.off = width, off
 
     def tokenize(self, text: str) -> str:
         return text
@@ -35,14 +35,19 @@ class Text:
     def encode_from_tokens_scheduled(self, text: str) -> list:
         self.asked.append(text)
         generator = torch.Generator().manual_seed(sum(map(ord, text)))
-        return [[torch.randn(1, 7, self.width, generator=generator), {"pooled_output": None}]]
+        return [[torch.randn(1, 7, self.width, generator=generator) + self.off, {"pooled_output": None}]]
 
 
 class Pictures:
-    """Stands for a VAE: latents are the pictures' coarse colours and their brightness."""
+    """Stands for a VAE: latents are the pictures' coarse colours and their brightness. off: added to every number.
+    asked: how many pictures it was given."""
+
+    def __init__(self, channels: int = 4, off: float = 0.0) -> None:
+        self.latent_channels, self.off, self.asked = channels, off, 0
 
     def encode(self, pixels: Tensor) -> Tensor:
-        coarse = nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 8 - 4, 8)
+        self.asked += len(pixels)
+        coarse = nn.functional.avg_pool2d(pixels.movedim(-1, 1) * 8 - 4, 8) + self.off
         return torch.cat((coarse, coarse.mean(1, keepdim=True)), dim=1)
 
 

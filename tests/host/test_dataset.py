@@ -13,7 +13,7 @@ import pytest
 import torch
 from helpers_train import WIDGETS, Pictures, Text, small_module
 from latentmotion.host import dataset as data
-from latentmotion.host import options, train
+from latentmotion.host import material, options, train
 from latentmotion.host.video import StreamedVideo
 from latentmotion.media.clip import Clip, clip_of_images
 from latentmotion.motion_modules.errors import LatentMotionError
@@ -135,7 +135,7 @@ def test_a_film_is_encoded_once_and_never_held(monkeypatch):
 
     film = StreamedVideo(Clip(8, SIZE, SIZE, Fraction(8), chunks))
     dataset = data.collect(film, "one\ntwo", 4)
-    clips = data.as_latents(dataset, 3, 1, lambda clip: train.encode_pictures(Model, Pictures(), clip))
+    clips = data.as_latents(dataset, 3, 1, lambda clip: material.encode_pictures(Model, Pictures(), clip))
     assert passes == 1 and most <= 2
     assert [len(latents) for latents in clips.latents] == [4, 4] and clips.captions == ("one", "two")
     assert clips.latents[1].mean() > clips.latents[0].mean()

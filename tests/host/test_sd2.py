@@ -20,7 +20,7 @@ from helpers_motion import SMALL, inflate, motion_module, relative_error
 from helpers_train import WIDGETS, Pictures, Recorder, Text
 from latentmotion.bench.tav import STEP, predicted_noise, tuned_file
 from latentmotion.bench.tav_reference import TunedUNet
-from latentmotion.host import options, train, train_stages, tune
+from latentmotion.host import material, options, train, train_stages, tune
 from latentmotion.host.tuned import apply_tuned
 from latentmotion.motion_modules.files import read_metadata, read_weights
 from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
@@ -119,7 +119,7 @@ def test_the_loss_is_the_error_in_the_velocity(model: ModelPatcher) -> None:
         comfy.model_management.load_models_gpu([model])
         model.pre_run()
         clips = Clips((latents,), ("a",), 2, drop=0.0)
-        conditions = train.Conditions(model, train.encode_texts(Text(CAPTION), ["a"]), clips)
+        conditions = train.Conditions(model, material.encode_texts(Text(CAPTION), ["a"]), clips)
         recipe = Recipe("velocity", steps=1, batch=1, learning_rate=0.0)
         loss_of = train.noise_loss(model.model, clips, conditions, train.call_options(model), recipe)
         hook = model.model.diffusion_model.register_forward_hook(lambda _, args, out: seen.append(out))

@@ -17,7 +17,7 @@ import torch
 from helpers_motion import SMALL, SMALL_WIDTHS, motion_spec, motion_weights
 from helpers_train import WIDGETS, Recorder
 from latentmotion.demo import config
-from latentmotion.host import train
+from latentmotion.host import material, train
 from latentmotion.motion_modules.animatediff.publish import published
 from latentmotion.motion_modules.files import read_weights
 
@@ -133,8 +133,8 @@ def test_cancel_in_a_graph_is_gone_on_from(
             comfy.model_management.interrupt_current_processing()
 
     encoded: list[str] = []
-    encode = train.encode_pictures
-    monkeypatch.setattr(train, "encode_pictures", lambda *parts: encoded.append("a film") or encode(*parts))
+    encode = material.encode_pictures
+    monkeypatch.setattr(material, "encode_pictures", lambda *parts: encoded.append("a film") or encode(*parts))
     with monkeypatch.context() as patch:
         patch.setattr(train, "TrainingProgress", Recorder(cancel))
         result = run_graph(graph(["folder", 0]))

@@ -182,12 +182,6 @@ def test_settings_that_cannot_work_are_said(model, folder, monkeypatch, widgets,
         learn(model, small_module(), monkeypatch, **widgets)
 
 
-def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch):
-    module = small_module()
-    with pytest.raises(LatentMotionError, match="from before Apply Motion Module"):
-        learn(inflate(model, module), module, monkeypatch)
-
-
 def test_a_module_that_moves_nothing_is_not_trained_on(model, folder, monkeypatch, caplog):
     still, moving = small_module(still=True), small_module()
     with pytest.raises(LatentMotionError, match="tiny-0 moves nothing"):
@@ -239,9 +233,3 @@ def test_clips_are_drawn_on_the_way_and_change_nothing(model, folder, monkeypatc
     assert high > low
     left, right = (tensors_of(folder / f"{name}.safetensors") for name in ("plain", "watched"))
     assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_captions_are_read_once():
-    text = Text()
-    train.encode_texts(text, [*dict.fromkeys(("a", "a", "b")), ""])
-    assert text.asked == ["a", "b", ""]

@@ -143,10 +143,3 @@ def test_the_adapter_is_in_place_while_the_module_learns(model, folder, monkeypa
 def test_settings_that_cannot_work_are_said(model, folder, monkeypatch, widgets: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         move(model, monkeypatch, **widgets)
-
-
-def test_a_model_that_makes_video_already_is_refused(model, folder, monkeypatch) -> None:
-    video = inflate(model, small_module())
-    for learn in (adapt, move):
-        with pytest.raises(LatentMotionError, match="from before Apply Motion Module"):
-            learn(video, monkeypatch)

@@ -9,6 +9,7 @@ from latentmotion.training.attention import over_frames
 from latentmotion.training.clips import EMPTY, Clips, stratified
 from latentmotion.training.diffusion import euler
 from latentmotion.training.estimate import Layer, run_bytes
+from latentmotion.training.likeness import Likeness, alike
 from latentmotion.training.plot import MEAN, SIZE, means, plot, under
 from PIL import Image, ImageColor
 from torch import nn
@@ -39,12 +40,24 @@ def test_captions_are_dropped_as_often_as_asked():
     assert sum(dropped) / len(dropped) == pytest.approx(0.25, abs=0.05)
 
 
-def test_a_digest_tells_clips_apart():
-    plain = numbered(4, frames=3)
-    assert plain.digest() == numbered(4, frames=3).digest()
-    others = [numbered(4, frames=2), numbered(5, frames=3), numbered(4, frames=3, drop=0.2)]
-    changed = Clips((plain.latents[0] + 1e-3,), plain.captions, frames=3)
-    assert len({clips.digest() for clips in (plain, changed, *others)}) == 5
+def test_a_likeness_tells_pictures_apart_and_not_how_they_were_rounded():
+    def numbers(*parts: torch.Tensor) -> tuple[float, ...]:
+        likeness = Likeness()
+        for part in parts:
+            likeness.add(part)
+        return likeness.numbers()
+
+    generator = torch.Generator().manual_seed(0)
+    film = torch.rand(200, 40, 30, 3, generator=generator)
+    rounded = film + 1e-5 * torch.randn(film.shape, generator=generator)
+    assert numbers(film) == numbers(film[:70], film[70:]) and alike(numbers(film), numbers(rounded))
+    cut, swapped, recoloured = film.clone(), film.clone(), film.clone()
+    cut[150] = film[10]
+    swapped[[3, 4]] = film[[4, 3]]
+    recoloured[20, 10:20, 10:20] = film[20, 10:20, 10:20].flip(-1)
+    others = (film[:-1], cut, swapped, recoloured, film.roll(1, dims=2), torch.zeros_like(film))
+    assert not any(alike(numbers(film), numbers(other)) for other in others)
+    assert not alike(numbers(film), numbers(film * float("nan"))) and not alike((), numbers(film))
 
 
 def test_levels_cover_the_schedule_evenly():
