@@ -15,16 +15,19 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ..motion_modules.errors import ClipError
 from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
 from ..sampling.windows import Window, WindowPlan
 from .bounds import BareBounds
 from .conditioning import ControlSlices, cut_conds, has_foreign_control
+from .inflate import KEY as MOTION
 from .memory import run_of, with_less
 from .preview import Page, show_previews, watching_page
 
 KEY = "latentmotion_context"
 RUN = "latentmotion_context_run"
+HOSTS_OWN = "ContextWindows"  # how the keys begin of what the host's own context nodes put on a MODEL
 TICKS = 100  # of the progress bar, per sampling step
 
 
@@ -177,12 +180,24 @@ def apply_context(model: ModelPatcher, context: SlidingContext) -> ModelPatcher:
     """Return a clone of MODEL that samples long clips through windows; a context set before is replaced."""
     model = model.clone()
     model.model_options["context_handler"] = context
+    for kind, wrappers in model.wrappers.items():
+        for key in [key for key in wrappers if str(key).startswith(HOSTS_OWN)]:  # they read their own handler
+            model.remove_wrappers_with_key(kind, key)
     for kind, wrapper in ((WrappersMP.OUTER_SAMPLE, start_run), (WrappersMP.PREPARE_SAMPLING, plan_memory)):
         model.remove_wrappers_with_key(kind, KEY)
         model.add_wrapper_with_key(kind, KEY, wrapper)
     BareBounds().hang_on(model, KEY)
     show_previews(model)
     return model
+
+
+def check_one_clip(model: ModelPatcher, frames: int) -> None:
+    """Raise ClipError where the MODEL takes a batch of so many frames for several clips: windows run over all of it."""
+    length = (model.get_attachment(MOTION) or {}).get("frames", 0)
+    if length and length != frames:
+        raise ClipError(f"frames is {length} on Apply Motion Module or ST-Attention, so that {frames} frames are "
+                        "several clips, and Sliding Context runs its windows over all of them. Set frames to 0 if they "
+                        "are one clip; make several long clips one after the other.")  # fmt: skip
 
 
 def start_run(
@@ -203,7 +218,8 @@ def start_run(
     axis = frame_axis(noise)
     if not isinstance(context, SlidingContext) or noise.shape[axis] <= context.plan.length:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
-    noise = arrange_noise(noise, context.noise, context.plan.length, context.plan.overlap, axis, seed or 0)
+    check_one_clip(guider.model_patcher, noise.shape[axis])
+    noise = arrange_noise(noise, context.noise, context.plan.length, context.plan.shared, axis, seed or 0)
     before = guider.model_options
     steps = max(1, len(sigmas) - 1)
     run = ContextRun(comfy.utils.ProgressBar(steps * TICKS), watching_page(), steps)

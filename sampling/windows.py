@@ -55,6 +55,11 @@ class WindowPlan:
         """Whether windows may run on from the last frame into the first, so that the clip has no ends."""
         return self.schedule == WindowSchedule.LOOPED
 
+    @property
+    def shared(self) -> int:
+        """Frames that two neighbouring windows of one step have in common."""
+        return 0 if self.schedule == WindowSchedule.BATCHED else self.overlap
+
     def windows(self, frames: int, step: int = 0) -> list[Window]:
         """Windows for a clip of `frames` frames at sampling step `step`; together they cover every frame."""
         if frames < 1:

@@ -11,12 +11,15 @@ import comfy.samplers
 import pytest
 import tiny_host
 import torch
+from helpers_features import windowed as context_windows
 from helpers_motion import SMALL, SMALL_WIDTHS, Pair, inflate, motion_module, relative_error
 from latentmotion.host import conditioning, options
+from latentmotion.host.attention import FrameAttention, apply_frame_attention
 from latentmotion.host.conditioning import ControlSlices, cut_conds
 from latentmotion.host.context import ContextWindow, SlidingContext, apply_context, step_of
 from latentmotion.motion_modules.animatediff.spec import HOTSHOT_XL, V1, V2, Variant
 from latentmotion.motion_modules.call import MotionCall
+from latentmotion.motion_modules.errors import ClipError
 from latentmotion.sampling.frame_values import frame_values
 from latentmotion.sampling.fuse import FuseMethod
 from latentmotion.sampling.noise import NoiseKind
@@ -319,3 +322,21 @@ def test_memory_is_planned_for_one_window(pair: Pair, monkeypatch: pytest.Monkey
 def test_overlap_as_long_as_the_window_is_refused_on_the_node(length: int, overlap: int) -> None:
     assert "context_overlap" in options.known_windows(length, overlap, 1)
     assert options.known_windows(16, 0, 1) is True
+
+
+@pytest.mark.parametrize("frames", [LENGTH, FRAMES])
+def test_the_hosts_own_windows_are_replaced(frames: int, pair: Pair, run_node: Callable) -> None:
+    """What its node leaves on a MODEL reads its own handler, and would fail on ours."""
+    hosts = context_windows(pair.video(), run_node)
+    assert torch.equal(tiny_host.sample(windowed(hosts), frames), tiny_host.sample(windowed(pair.video()), frames))
+
+
+@pytest.mark.parametrize("kind", ["motion", "ST-Attention"])
+def test_windows_over_several_clips_are_refused(kind: str, pair: Pair) -> None:
+    video = inflate(pair.plain, pair.module, frames=LENGTH + 1)
+    if kind == "ST-Attention":
+        video = apply_frame_attention(pair.plain, FrameAttention(frames=LENGTH + 1))
+    with pytest.raises(ClipError, match=f"frames is {LENGTH + 1} on Apply Motion Module or ST-Attention, so that "
+                                        f"{2 * LENGTH + 2} frames are several clips"):
+        tiny_host.sample(windowed(video), 2 * LENGTH + 2)
+    assert tiny_host.sample(windowed(video), LENGTH + 1).isfinite().all(), "one clip of that length has windows"

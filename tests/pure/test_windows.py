@@ -146,6 +146,17 @@ def test_shuffled_noise_permutes_the_piece_one_window_earlier(axis):
     assert torch.equal(out, arrange_noise(noise, NoiseKind.SHUFFLED, 16, 4, axis, seed=5).movedim(axis, 0))
 
 
+@pytest.mark.parametrize("schedule", [WindowSchedule.STATIC, WindowSchedule.BATCHED])
+@pytest.mark.parametrize("kind", [NoiseKind.SHUFFLED, NoiseKind.REPEATED])
+def test_no_window_sees_the_same_noise_twice(schedule, kind):
+    """In windows that stay where they are; those of other schedules move over the pieces."""
+    plan = WindowPlan(schedule, 16, 4)
+    noise = arrange_noise(torch.randn(100, 3), kind, plan.length, plan.shared, 0, seed=5)
+    assert len({tuple(frame.tolist()) for frame in noise}) == 16
+    for window in plan.windows(100)[:-1]:
+        assert len({tuple(noise[frame].tolist()) for frame in window}) == 16
+
+
 def test_independent_noise_is_left_alone_and_repeated_noise_repeats():
     noise = torch.randn(20, 4)
     assert torch.equal(arrange_noise(noise, NoiseKind.INDEPENDENT, 8, 2, 0, 1), noise)
