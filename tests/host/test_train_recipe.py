@@ -108,16 +108,17 @@ def test_float16_scales_its_loss() -> None:
     assert set(scales.values()) == {1.0} and train.loss_scale(Recipe("r", 1, 1, 0.1, precision="float16")) > 1000
 
 
-def test_bfloat16_trains_inside_the_host(folder: Path, monkeypatch: Any) -> None:
-    model, module = tiny_host.sd15(**SMALL, dtype=torch.bfloat16), small_module()
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_trains_inside_the_host(precision: str, folder: Path, monkeypatch: Any) -> None:
+    model, module = tiny_host.sd15(**SMALL, dtype=getattr(torch, precision)), small_module()
     weights, moving = tiny_host.weights(model), tiny_host.weights(module.patcher)
     drawn = tiny_host.sample(inflate(model, module), FRAMES, steps=1, size=4)
-    how, losses = learn(model, module, monkeypatch, steps=30, batch_size=4, recipe={"precision": "bfloat16"})
+    how, losses = learn(model, module, monkeypatch, steps=30, batch_size=4, recipe={"precision": precision})
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
     tensors = train.read_weights(how.path)
     assert all(KEY.fullmatch(key) for key in tensors) and len(tensors) == 16 * len(module.spec.slots)
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values()), "what learns is float32"
-    assert read_recipe(how.path)["precision"] == "bfloat16"
+    assert read_recipe(how.path)["precision"] == precision
     read_motion_lora(tensors, "learned")
     assert torch.equal(tiny_host.sample(inflate(model, module), FRAMES, steps=1, size=4), drawn)
     comfy.model_management.unload_all_models()
