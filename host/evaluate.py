@@ -50,7 +50,7 @@ def evaluate(clip_vision: Any, video: Any, text: str, crop: str, clip: Any = Non
     if clip is not None and text.strip():
         told = text_embedding(clip, text, width_of(clip_vision))
     film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
-    agreement, on_frame = Agreement(told), watch(film.frames)
+    agreement, on_frame = Agreement(told), watch(film)
     for pictures in film.chunks():
         embeddings = clip_vision.encode_image(pictures, crop=crop == "center")["image_embeds"]
         if not isinstance(embeddings, Tensor) or embeddings.ndim != 2:

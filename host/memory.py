@@ -203,6 +203,14 @@ def fitting(size: int, need: Callable[[int], int], device: torch.device, work: s
     return size, line
 
 
+def beyond(needed: int, device: torch.device) -> int:
+    """How many of so many bytes have no room on the device beside the reserve; all of them where it is the CPU."""
+    if device.type == "cpu":
+        return needed
+    free, reserve = _free(device)
+    return max(0, needed - max(0, int(free) - reserve))
+
+
 def in_words(needed: int) -> str:
     """An estimate as the end of a line on a node, empty for none."""
     return f", about {math.ceil(needed / MIB)} MiB" if needed else ""

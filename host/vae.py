@@ -130,9 +130,24 @@ class ClipDecoder:
         load = comfy.model_management.load_models_gpu  # makes room, and what is free then counts
         load([vae.patcher], memory_required=need(most), force_full_load=vae.disable_offload)
         chunk, line = memory.fitting(most, need, vae.device, "decoding")
+        self._check_ram(clip, chunk)
         if self.page is not None:
             self.page.say(line)
         return chunk
+
+    def _check_ram(self, clip: Tensor, chunk: int) -> None:
+        """Raise MemoryError where frames that wait are more than RAM holds, as systems end whole programs then."""
+        if self.plan is None or self.settings.mode == STREAMING or not self.is_temporal:
+            return
+        peak = footprint(self.plan, tuple(clip.shape), chunk, False).peak * self.vae.vae_dtype.itemsize
+        waiting = memory.beyond(peak, self.vae.device)
+        free = comfy.model_management.get_free_memory(torch.device("cpu"))
+        if waiting > free:
+            raise MemoryError(
+                f"To decode {len(clip)} frames exactly takes about {waiting / 2**30:.1f} GiB of RAM, and "
+                f"{free / 2**30:.1f} GiB are free. Set mode to 'streaming', which takes the same for any length, or "
+                "clip_length to fewer frames. The latents are kept."
+            )
 
     def bytes_needed(self, clip: Tensor, chunk: int) -> int:
         """Bytes of decoding so many frames of a clip at once; of builds it does not know as the host estimates them.
@@ -251,4 +266,4 @@ def decode_video(
 ) -> StreamedVideo:
     """All frames of a LATENT as a VIDEO, decoded while something saves or collects it. Raises as ClipDecoder."""
     decoder, latent = ClipDecoder(vae, settings), samples["samples"]
-    return StreamedVideo(Clip(*decoder.size(latent), frame_rate, partial(decoder.frames, latent)))
+    return StreamedVideo(Clip(*decoder.size(latent), frame_rate, partial(decoder.frames, latent), shows_progress=True))

@@ -42,7 +42,7 @@ class StreamedVideo(Input.Video):
 
     def get_components(self) -> Types.VideoComponents:
         """Every picture at once, as IMAGE has them."""
-        images = collect_pictures(self.clip, watch(self.clip.frames))
+        images = collect_pictures(self.clip, watch(self.clip))
         sound = self.clip.sound
         audio = sound and {"waveform": collect_sound(sound)[None], "sample_rate": sound.rate}
         return Types.VideoComponents(images=images, audio=audio, frame_rate=self.clip.frame_rate)
@@ -69,7 +69,7 @@ class StreamedVideo(Input.Video):
         how = Writing(
             quality=formats.DEFAULT_QUALITY,
             metadata=metadata or {},
-            on_frame=watch(self.clip.frames),
+            on_frame=watch(self.clip),
             ten_bit=(bit_depth or 8) > 8,
             crf=crf if crf is None else max(least, crf),
         )
@@ -109,14 +109,14 @@ class StreamedVideo(Input.Video):
         return "sRGB"
 
 
-def watch(frames: int) -> Callable[[int], None]:
+def watch(clip: Clip) -> Callable[[int], None]:
     """What to call after each frame: shows progress, and raises the host's interrupt when Cancel was pressed."""
-    bar, step = comfy.utils.ProgressBar(frames), max(1, frames // 100)
+    bar, step = comfy.utils.ProgressBar(clip.frames), max(1, clip.frames // 100)
 
     def on_frame(done: int) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if done - bar.current >= step or done == frames:
-            bar.update_absolute(done, frames)
+        if not clip.shows_progress and (done - bar.current >= step or done == clip.frames):
+            bar.update_absolute(done, clip.frames)
 
     return on_frame
 
@@ -173,7 +173,7 @@ def save_video(
         filename_prefix, folder_paths.get_output_directory(), clip.width, clip.height
     )
     path = Path(folder) / f"{name}_{counter:05}_{form.extension}"
-    write(clip, path, form, Writing(quality, _metadata(hidden), watch(clip.frames)))
+    write(clip, path, form, Writing(quality, _metadata(hidden), watch(clip)))
     if form is not formats.Format.PNG:
         return ui.PreviewVideo([ui.SavedResult(path.name, subfolder, io.FolderType.output)]).as_dict()
     files = sorted(path.iterdir())[:SHOWN_PICTURES]

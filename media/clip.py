@@ -27,6 +27,7 @@ class Clip:
     """Pictures in chunks. `chunks()` gives a fresh iterator of CPU float32 (n, height, width, 3) in 0..1.
 
     The chunks, of any lengths, hold `frames` pictures in all. Units: frame_rate in pictures a second.
+    shows_progress: to whoever waits for the chunks, so nobody else needs to.
     """
 
     frames: int
@@ -35,6 +36,7 @@ class Clip:
     frame_rate: Fraction
     chunks: Callable[[], Iterator[Tensor]]
     sound: Sound | None = None
+    shows_progress: bool = False
 
     @property
     def seconds(self) -> Fraction:

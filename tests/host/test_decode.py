@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from helpers_vae import clip, image_vae, svd_vae, vidrd_vae, whole
@@ -367,3 +368,17 @@ def test_the_node_says_what_decoding_takes_although_another_one_saves(
     monkeypatch.setattr(host_vae, "watching_page", lambda: pytest.fail("that would be the node that saves"))
     assert not said and len(film.get_components().images) == 5
     assert re.fullmatch(r"decoding 4 frames at once, about \d+ MiB of \d+ MiB free", *said)
+
+
+@pytest.mark.parametrize("mode", [EXACT, STREAMING])
+@pytest.mark.parametrize("kind", ["svd", "images"])
+def test_the_progress_of_a_save_never_goes_back(kind: str, mode: str) -> None:
+    shares: list[float] = []
+    film = host_vae.decode_video({"images": image_vae, **VAES}[kind](), {"samples": clip(LONG)}, Fraction(8),
+                                 DecodeSettings(mode, 2))  # fmt: skip
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: shares.append(value / total))
+    try:
+        film.get_components()
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert shares == sorted(shares) and shares[-1] == 1.0 and len(shares) > 3

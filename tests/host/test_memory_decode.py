@@ -48,6 +48,24 @@ def vae(request: pytest.FixtureRequest) -> comfy.sd.VAE:
     return VAES[request.param]()
 
 
+@pytest.mark.parametrize("kind", ["svd", "vidrd"])
+def test_frames_that_would_not_fit_into_ram_are_refused_before_anything_is_decoded(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A system ends the whole server then, and what was sampled is lost."""
+    vae = VAES[kind]()
+    needed = ClipDecoder(vae, DecodeSettings(EXACT, 1)).bytes_needed(clip(FRAMES), 1)
+    monkeypatch.setattr(memory, "RESERVE", 0)
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 0.9 * needed)
+    said = f"To decode {FRAMES} frames exactly .* Set mode to 'streaming'"
+    with watched(vae.first_stage_model.decoder.conv_in, lambda: pytest.fail("something was decoded")):
+        with pytest.raises(MemoryError, match=said):
+            decoded(vae, EXACT)
+    assert len(decoded(vae, STREAMING)) == FRAMES
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 2.0 * needed)
+    assert len(decoded(vae, EXACT)) == FRAMES
+
+
 def decoded(vae: comfy.sd.VAE, mode: str) -> Tensor:
     return torch.cat(list(ClipDecoder(vae, DecodeSettings(mode, CHUNK)).frames(clip(FRAMES))))
 
