@@ -3,21 +3,48 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..media.clip import Clip
+from ..media.clip import Clip, clip_of_images
+from ..motion_modules.errors import ModelMismatchError
 from . import memory
 from .preview import watching_page
+from .video import clip_of, watch
 
+ENCODED_AT_ONCE = 8
 TILED = "in tiles, which changes their brightness a little"
 log = logging.getLogger(__name__)
 
 
-def encode_frames(vae: Any, film: Clip, at_once: int) -> Tensor:
+def encode_video(vae: Any, video: Any) -> dict[str, Tensor]:
+    """The pictures of a VIDEO or IMAGE as a LATENT; of a VIDEO a few are in memory at a time.
+
+    Raises ModelMismatchError for a VAE whose latents have a time axis of their own.
+    """
+    if getattr(vae, "latent_dim", 2) != 2:
+        raise ModelMismatchError("This VAE has its own time axis and takes the whole clip at once. Use the VAE Encode "
+                                 "node for it.")  # fmt: skip
+    film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
+    on_frame = watch(film)
+
+    def chunks() -> Iterator[Tensor]:
+        done = 0
+        for chunk in film.chunks():
+            yield chunk
+            done += len(chunk)
+            on_frame(done)
+
+    return {"samples": encode_frames(vae, replace(film, chunks=chunks), ENCODED_AT_ONCE)}
+
+
+def encode_frames(vae: Any, film: Clip, at_once: int = ENCODED_AT_ONCE) -> Tensor:
     """Every picture of a film as the host's VAE Encode makes it. Shapes: -> (frames, c, h, w), float32 on the CPU.
 
     at_once: most pictures in one call of the network; fewer where memory runs out, which changes nothing. The host

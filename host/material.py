@@ -20,8 +20,6 @@ from ..training.likeness import Likeness
 from .dataset import Shelf, as_latents
 from .encode import encode_frames
 
-ENCODED_AT_ONCE = 8
-
 
 @dataclass(frozen=True, eq=False)
 class Material:
@@ -105,7 +103,7 @@ def check_contexts(model: ModelPatcher, contexts: dict[str, list]) -> None:
 
 def encode_pictures(model: ModelPatcher, vae: Any, film: Clip) -> Tensor:
     """Every picture as the model's network sees it. Shapes: -> (frames, c, h/8, w/8), float32 on the CPU."""
-    latents = model.model.process_latent_in(encode_frames(vae, film, ENCODED_AT_ONCE))
+    latents = model.model.process_latent_in(encode_frames(vae, film))
     with torch.inference_mode(False):
         return latents.float().clone()
 

@@ -1,4 +1,4 @@
-"""Latents of clips to pixels: temporal decoders in bounded memory, and the files of them the host does not know."""
+"""Latents of clips to pixels and back in bounded memory, and the temporal VAEs in files the host does not know."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from fractions import Fraction
 from comfy_api.latest import io
 
 from ..host import options, paths, temporal_vae
+from ..host.encode import encode_video
 from ..host.vae import decode_video
 from .sockets import CATEGORY
 
@@ -99,4 +100,25 @@ def _decode_inputs() -> list[io.Input]:
     ]
 
 
-NODES: list[type[io.ComfyNode]] = [LoadTemporalVae, TemporalVaeDecode]
+class TemporalVaeEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LatentMotionTemporalVAEEncode",
+            display_name="Temporal VAE Encode",
+            category=f"{CATEGORY}/decode",
+            description="Encodes a video a few frames at a time, so that it is never in memory as pictures, and the "
+            "same way however much memory there is.",
+            inputs=[
+                io.MultiType.Input("video", types=[io.Image, io.Video], tooltip="A video, or images of a clip."),
+                io.Vae.Input("vae", tooltip="The VAE of the model that samples, or one from Load Temporal VAE."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The frames of the clip as a batch.")],
+        )
+
+    @classmethod
+    def execute(cls, video: object, vae: io.Vae.Type) -> io.NodeOutput:
+        return io.NodeOutput(encode_video(vae, video))
+
+
+NODES: list[type[io.ComfyNode]] = [LoadTemporalVae, TemporalVaeDecode, TemporalVaeEncode]

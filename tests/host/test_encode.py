@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakSet
 
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import pytest
 import torch
 from helpers_motion import relative_error
 from helpers_vae import image_vae, svd_vae, vidrd_vae
-from latentmotion.host.encode import encode_frames
+from latentmotion.host.encode import encode_frames, encode_video
+from latentmotion.host.video import StreamedVideo
 from latentmotion.media.clip import Clip, clip_of_images
+from latentmotion.motion_modules.errors import ModelMismatchError
 from test_decode import out_of_memory
 from torch import Tensor
 
@@ -124,3 +130,38 @@ def test_cancel_answers_between_two_calls() -> None:
     finally:
         handle.remove()
     assert seen == [1]
+
+
+def test_the_node_takes_videos_and_images_and_shows_how_far_it_is(vae: comfy.sd.VAE, run_node: Callable) -> None:
+    clip, shares = film(27, 18, frames=40), []
+    comfy.utils.set_progress_bar_global_hook(lambda value, total, *_, **__: shares.append(value / total))
+    try:
+        of_video = run_node("LatentMotionTemporalVAEEncode", video=StreamedVideo(clip), vae=vae)[0]["samples"]
+    finally:
+        comfy.utils.set_progress_bar_global_hook(None)
+    assert shares == sorted(shares) and shares[-1] == 1.0
+    of_images = run_node("LatentMotionTemporalVAEEncode", video=pictures_of(clip), vae=vae)[0]["samples"]
+    expected = vae.encode(pictures_of(clip))
+    assert relative_error(of_video, expected) < 3e-5 and relative_error(of_images, expected) < 3e-5
+
+
+def test_the_node_holds_a_few_pictures_of_a_video_at_a_time(run_node: Callable) -> None:
+    alive: list[int] = []
+    held: WeakSet[Tensor] = WeakSet()
+
+    def chunks() -> Iterator[Tensor]:
+        for chunk in film(24, 16, frames=96).chunks():
+            for part in chunk.split(8):
+                part = part.clone()
+                held.add(part)
+                alive.append(len(held))
+                yield part
+
+    video = StreamedVideo(replace(film(24, 16, frames=96), chunks=chunks))
+    made = run_node("LatentMotionTemporalVAEEncode", video=video, vae=image_vae())[0]["samples"]
+    assert len(made) == 96 and len(alive) == 12 and max(alive) <= 2
+
+
+def test_a_vae_with_a_time_axis_is_refused() -> None:
+    with pytest.raises(ModelMismatchError, match="This VAE has its own time axis"):
+        encode_video(SimpleNamespace(latent_dim=3), pictures_of(film()))
