@@ -47,7 +47,7 @@ class WindowPlan:
         if not 0 <= self.overlap < self.length:
             raise PlanError(
                 f"context_overlap is {self.overlap} and must be at least 0 and less than the "
-                f"context_length, {self.length}. A quarter of the length is usual."
+                f"context_length, {self.length}. Half of the length is a good start."
             )
 
     @property
