@@ -20,7 +20,7 @@ from ..media.clip import Clip, Sound, clip_of_images, collect_pictures, collect_
 from ..media.errors import VideoError
 from ..media.geometry import Fit, Frame
 from ..media.read import read_clip
-from ..media.timing import Selection
+from ..media.timing import LARGEST_DENOMINATOR, Selection
 from ..media.write import Writing, write, write_film
 
 SHOWN_PICTURES = 16
@@ -147,7 +147,8 @@ def clip_of(video: Input.Video) -> Clip:
         window = getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()
         return part_of_clip(clip, *_window(clip, *window)) if any(window) else clip
     components = video.get_components()
-    return clip_of_images(components.images, Fraction(components.frame_rate), sound_of(components.audio))
+    rate = Fraction(components.frame_rate).limit_denominator(LARGEST_DENOMINATOR)  # the host makes it of a decimal
+    return clip_of_images(components.images, rate, sound_of(components.audio))
 
 
 def sound_of(audio: dict[str, Any] | None) -> Sound | None:

@@ -8,6 +8,7 @@ from enum import Enum
 
 import av.codec
 
+from .clip import Clip
 from .errors import VideoError
 
 DEFAULT_QUALITY = 80  # colour bars come back within 2/255 in every format, see _crf and webp_quality
@@ -33,6 +34,7 @@ class Codec:
     """One way to compress pictures: its encoders, best first, with their options, and what they need.
 
     `even`: height and width must be even. `crf` gives the encoder's constant rate factor of a quality 0..100.
+    `least`: pixels of the shorter side, `fastest`: frames a second that it can do, 0 for any.
     """
 
     name: str
@@ -40,6 +42,17 @@ class Codec:
     crf: Callable[[int], float]
     even: bool = False
     ten_bit: bool = True
+    least: int = 0
+    fastest: int = 0
+
+    def check(self, clip: Clip) -> None:
+        """Raise VideoError for a clip that the encoder would refuse without a word, or never come back from."""
+        if min(clip.height, clip.width) < self.least:
+            raise VideoError(f"{self.name} cannot be written at {clip.width} x {clip.height}: both sides need at least "
+                             f"{self.least} pixels. Choose another format, or make the pictures larger.")  # fmt: skip
+        if 0 < self.fastest < clip.frame_rate:
+            raise VideoError(f"{self.name} cannot be written at {float(clip.frame_rate):g} frames a second, only up to "
+                             f"{self.fastest}. Choose another format or a lower rate.")  # fmt: skip
 
     def encoder(self) -> tuple[str, dict[str, str]]:
         """The first encoder this PyAV has, and its options. Raises VideoError where it has none of them."""
@@ -70,7 +83,7 @@ H264 = Codec("H.264", (("libx264", ()),), _crf, even=True)
 VP9 = Codec("VP9", (("libvpx-vp9", (("deadline", "good"), ("cpu-used", "4"), ("row-mt", "1"))),), _crf,
             ten_bit=False)  # fmt: skip
 AV1 = Codec("AV1", (("libsvtav1", (("preset", "8"),)), ("libaom-av1", (("cpu-used", "6"), ("row-mt", "1")))),
-            _crf)  # fmt: skip
+            _crf, least=32, fastest=240)  # fmt: skip
 
 
 @dataclass(frozen=True)

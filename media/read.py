@@ -86,7 +86,10 @@ def inspect(source: Source, name: str) -> VideoFile:
     with _opened(source, name) as container:
         stream = _video_stream(container, name)
         rates = tuple(Fraction(rate) for rate in (stream.average_rate, stream.guessed_rate) if rate)
-        stamps, times, end = _times(*_stamps(container, stream, name), stream, rates)
+        found, last = _stamps(container, stream, name)
+        if "avi" in container.format.name and stream.codec_context.has_b_frames:
+            found = [None] * len(found)  # its stamps are in the order of decoding
+        stamps, times, end = _times(found, last, stream, rates)
         audio = next((s for s in container.streams.audio if s.codec_context is not None), None)
         heard = audio and (audio.codec_context.sample_rate, audio.codec_context.layout.nb_channels)
         sound = heard if heard and all(heard) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -11,18 +12,23 @@ import torch
 from torch import Tensor
 
 from .clip import Sound, part_of_sound
+from .errors import VideoError
 
 LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 KEPT = (1, 2, 6, 8)  # layouts every encoder here takes; others are mixed to stereo
 USUAL_RATE = 48000
+log = logging.getLogger(__name__)
 
 
 class SoundTrack:
     """Encodes a sound into an open container, up to the time its pictures have reached."""
 
     def __init__(self, output: Any, sound: Sound, encoder: str, seconds: Fraction) -> None:
+        if sound.channels not in LAYOUTS:
+            raise VideoError(f"The sound has {sound.channels} channels, and at most {max(LAYOUTS)} can be written. Mix "
+                             "it down, or save the video without it.")  # fmt: skip
         self._output, self._rate = output, sound.rate
-        self._source = LAYOUTS.get(sound.channels, f"{sound.channels}c")
+        self._source = LAYOUTS[sound.channels]
         rates = av.codec.Codec(encoder, "w").audio_rates
         rate = sound.rate if not rates or sound.rate in rates else USUAL_RATE
         layout = self._source if sound.channels in KEPT else "stereo"
@@ -45,29 +51,62 @@ class SoundTrack:
         self._output.mux(self._stream.encode(None))
 
     def _encode(self, samples: Tensor) -> None:
-        frame = av.AudioFrame.from_ndarray(samples.contiguous().numpy(), format="fltp", layout=self._source)
+        packed = samples.T.reshape(1, -1).contiguous().numpy()  # planes are counted wrong where there are eight of them
+        frame = av.AudioFrame.from_ndarray(packed, format="flt", layout=self._source)
         frame.sample_rate, frame.time_base, frame.pts = self._rate, Fraction(1, self._rate), self._written
         self._written += samples.shape[1]
         self._output.mux(self._stream.encode(frame))
 
 
 def decoded(container: Any, stream: Any, start: float) -> Iterator[Tensor]:
-    """The sound of an open file from `start` seconds on, with silence where it begins later.
+    """The sound of an open file from `start` seconds on, with silence where it begins later and for damaged parts.
 
-    Shapes: float32 (channels, n) in -1..1, at the file's own rate and channels.
+    Shapes: float32 (channels, n) in -1..1, at the rate and channels that the file begins with.
     """
     context = stream.codec_context
-    resampler = av.AudioResampler(format="fltp", layout=context.layout, rate=context.sample_rate)
-    ahead: int | None = None  # samples still to drop
-    for frame in container.decode(stream):
-        if ahead is None:
-            begins = frame.time if frame.time is not None else start
-            ahead = round((start - begins) * context.sample_rate)
-            if ahead < 0:
-                yield torch.zeros(context.layout.nb_channels, -ahead)
-                ahead = 0
-        for part in resampler.resample(frame):
-            samples = torch.from_numpy(part.to_ndarray())
-            if ahead < samples.shape[1]:
-                yield samples[:, ahead:]
-            ahead = max(0, ahead - samples.shape[1])
+    rate, channels = context.sample_rate, context.layout.nb_channels
+    resampled, place = _Resampled(context.layout, rate), None  # place: of the next sample, from `start` on
+    for frame, after_damage in _frames(container, stream):
+        if place is None or (after_damage and frame.time is not None):
+            begins = round(((start if frame.time is None else frame.time) - start) * rate)
+            silence = begins - max(0, place or 0)
+            if silence > 0:
+                yield torch.zeros(channels, silence)
+            place = begins if place is None else max(place, begins)
+        for samples in resampled(frame):
+            if place + samples.shape[1] > 0:
+                yield samples[:, max(0, -place) :]
+            place += samples.shape[1]
+
+
+class _Resampled:
+    """What comes of frames at one rate and in one layout, also where those of a file change on the way."""
+
+    def __init__(self, layout: Any, rate: int) -> None:
+        self._layout, self._rate, self._seen = layout, rate, None
+
+    def __call__(self, frame: Any) -> Iterator[Tensor]:
+        kind = (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != self._seen:
+            # Packed: PyAV counts planes up to an empty one, and behind eight of them there is none.
+            self._resampler = av.AudioResampler(format="flt", layout=self._layout, rate=self._rate)
+            self._seen = kind
+        for part in self._resampler.resample(frame):
+            yield torch.from_numpy(part.to_ndarray()).view(-1, self._layout.nb_channels).T
+
+
+def _frames(container: Any, stream: Any) -> Iterator[tuple[Any, bool]]:
+    """Decoded frames, and whether something before each could not be decoded, which is told once in the log."""
+    damaged = told = False
+    for packet in container.demux(stream):
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError as error:
+            if not told:
+                at = 0.0 if packet.dts is None else float(packet.dts * packet.time_base)
+                log.warning("The sound is damaged at %.2f s (%s); there is silence instead.", at, error.strerror)
+            damaged = told = True
+            continue
+        for frame in frames:
+            yield frame, damaged
+            damaged = False

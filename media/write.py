@@ -62,6 +62,7 @@ def write_film(clip: Clip, target: Path | BytesIO, container: Container, codec: 
     if not clip.frames:
         raise VideoError("The video has no frames, so there is nothing to save.")
     codec.encoder()
+    codec.check(clip)
     if isinstance(target, BytesIO):
         _mux(clip, target, container, codec, how)
         return

@@ -360,3 +360,14 @@ def test_other_sound_in_place_of_the_videos_own(output: Path, streams: dict, run
     assert run_graph(graph)["success"]
     with av.open(str(output / "film_00001_.mp4")) as container:
         assert container.streams.audio[0].rate == 44100
+
+
+@pytest.mark.parametrize("form", ["mp4 (H.264)", "webm (VP9)"])
+@pytest.mark.parametrize("fps", [29.97, 30000 / 1001, 23.976, 0.3, 25.0])
+def test_rates_of_the_hosts_own_videos_can_be_saved(fps: float, form: str, output: Path, run_node: Callable) -> None:
+    """The host makes a fraction of a decimal whose numbers are larger than files hold."""
+    video = run_node("CreateVideo", images=torch.rand(4, 32, 32, 3), fps=fps)[0]
+    run_node("LatentMotionSaveVideo", video=video, **SAVE | {"format": form})
+    (path,) = (path for path in output.rglob("*") if path.is_file())
+    with av.open(str(path)) as container:
+        assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import wave
+from collections.abc import Callable
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -62,13 +63,70 @@ def test_only_what_is_asked_for_is_decoded(ten_fps: Path, monkeypatch: pytest.Mo
     assert len(decoded) <= 4
 
 
-@pytest.mark.parametrize("ending", ["mp4", "mkv", "avi"])
-def test_containers(ending: str, tmp_path: Path) -> None:
-    """avi has no time stamps, only an order."""
-    codec = "mpeg4" if ending == "avi" else "libx264"
+@pytest.mark.parametrize(("ending", "codec"), [("mp4", "libx264"), ("mkv", "libx264"), ("avi", "mpeg4")])
+def test_containers(ending: str, codec: str, tmp_path: Path) -> None:
     path = films.grey_film(tmp_path / f"film.{ending}", [*range(12)], Fraction(1, 10), codec=codec, options={"q": "2"})
     clip = loaded(path, skip=5)
     assert films.numbers_of(collect_pictures(clip)) == [*range(5, 12)] and clip.frame_rate == 10
+
+
+@pytest.mark.parametrize("ending", ["avi", "264"])
+def test_without_usable_time_stamps_the_order_counts(ending: str, tmp_path: Path) -> None:
+    """A bare stream has none, and those of pictures that look ahead are in the order of decoding in avi."""
+    options = {"crf": "1", "bf": "3", "g": "12", "b_strategy": "0"}
+    path = films.grey_film(tmp_path / f"film.{ending}", [*range(36)], Fraction(1, 25), options=options)
+    assert films.numbers_of(collect_pictures(loaded(path))) == [*range(36)]
+    assert films.numbers_of(collect_pictures(loaded(path, skip=20, cap=5))) == [*range(20, 25)]
+
+
+def film_with_sound(path: Path, spoil: Callable[[int, av.Packet], av.Packet], then_mono: bool = False) -> Path:
+    """Two seconds of pictures and a tone in stereo whose packets go through `spoil`; its second half may be mono."""
+    with av.open(str(path), "w") as output:
+        pictures, tone = output.add_stream("libx264", rate=10), output.add_stream("mp2", rate=48000, layout="stereo")
+        pictures.width = pictures.height = 64
+        pictures.pix_fmt = "yuv420p"
+        for number in range(20):
+            grey = np.full((64, 64, 3), 20 + 6 * number, np.uint8)
+            output.mux(pictures.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+        output.mux(pictures.encode(None))
+        mono = av.CodecContext.create("mp2", "w")
+        mono.sample_rate, mono.layout, mono.format, mono.bit_rate = 48000, "mono", "s16", 64000
+        wave, number = (np.sin(np.arange(96000) * 0.05) * 9000).astype("int16"), 0
+        for start in range(0, 96000, 1152):
+            single = then_mono and start >= 48000
+            part = wave[start : start + 1152]
+            samples = part[None] if single else part.repeat(2)[None]
+            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono" if single else "stereo")
+            frame.sample_rate, frame.time_base, frame.pts = 48000, Fraction(1, 48000), start
+            for packet in (mono if single else tone).encode(frame):
+                packet.stream = tone
+                output.mux(spoil(number, packet))
+                number += 1
+    return path
+
+
+def noise_in_the_middle(number: int, packet: av.Packet) -> av.Packet:
+    if not 30 <= number < 40:
+        return packet
+    made = av.Packet(np.random.default_rng(number).bytes(packet.size))
+    made.pts, made.dts, made.time_base, made.stream = packet.pts, packet.dts, packet.time_base, packet.stream
+    return made
+
+
+def test_damaged_sound_is_silent_and_stays_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clip = loaded(film_with_sound(tmp_path / "damaged.mkv", noise_in_the_middle))
+    assert films.numbers_of(collect_pictures(clip)) == [*range(20)]
+    samples = collect_sound(clip.sound)
+    assert samples.shape[0] == 2 and abs(samples.shape[1] - 96000) < 4000
+    loud = samples[0, : 80 * 1152].view(80, 1152).abs().amax(1) > 0.1
+    assert loud[3:28].all() and not loud[32:38].any() and loud[44:78].all()
+    assert [entry.message for entry in caplog.records if "sound is damaged at 0.7" in entry.message] == caplog.messages
+
+
+def test_sound_that_becomes_mono_goes_on(tmp_path: Path) -> None:
+    samples = collect_sound(loaded(film_with_sound(tmp_path / "broadcast.mkv", lambda _, packet: packet, True)).sound)
+    assert samples.shape[0] == 2 and samples.shape[1] > 90000
+    assert samples[:, 60000:80000].abs().amax(1).min() > 0.1 and samples[:, 10000:40000].abs().amax(1).min() > 0.1
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import films
 import pytest
 import torch
 from latentmotion.media import formats, write
-from latentmotion.media.clip import Clip, clip_of_images, collect_pictures, sound_of_samples
+from latentmotion.media.clip import Clip, clip_of_images, collect_pictures, collect_sound, sound_of_samples
 from latentmotion.media.errors import VideoError
 from latentmotion.media.formats import Format
 from latentmotion.media.geometry import Frame
@@ -111,16 +111,47 @@ def test_ten_bits_where_the_encoder_has_them() -> None:
             assert frame.format.name == ("yuv420p10le" if bits else "yuv420p")
 
 
-@pytest.mark.parametrize(("form", "channels"), [(f, c) for f in FILMS for c in (1, 2, 4)])
+@pytest.mark.parametrize(("form", "channels"), [(f, c) for f in FILMS for c in (1, 2, 4, 6, 8)])
 def test_sound_is_carried_along(form: Format, channels: int, tmp_path: Path) -> None:
-    """A 441 Hz tone comes back as one, as long as the pictures; four channels are mixed to two."""
+    """A 441 Hz tone comes back as one in each channel, as long as the pictures; four channels are mixed to two."""
     path = saved(films.clip(frames=24, rate=Fraction(24), tone=441, channels=channels), tmp_path, form)
     clip = read_clip(path, "film", Selection(), Frame())
-    assert clip.sound.channels == min(channels, 2)
+    assert clip.sound.channels == {4: 2}.get(channels, channels)
     samples = torch.cat(list(clip.sound.chunks()), dim=1)
     assert abs(samples.shape[1] / clip.sound.rate - 1) < 0.05
     spectrum = torch.fft.rfft(samples[0, clip.sound.rate // 10 :][: clip.sound.rate // 2]).abs()
     assert abs(int(spectrum.argmax()) * 2 - 441) <= 3 and samples.abs().max() > 0.2
+
+
+def test_channels_stay_apart(tmp_path: Path) -> None:
+    """Each of eight channels is silent but for a while of its own. (An encoder leaves little of the bass channel.)"""
+    samples = torch.zeros(8, 48000)
+    for channel in range(8):
+        samples[channel, 6000 * channel : 6000 * (channel + 1)] = torch.sin(torch.arange(6000) * 0.05)
+    clip = clip_of_images(films.colour_bars().repeat(8, 1, 1, 1), Fraction(8), sound_of_samples(samples, 48000))
+    found = collect_sound(read_clip(saved(clip, tmp_path, Format.MP4), "film", Selection(), Frame()).sound)
+    loud = found[:, :48000].view(8, 8, 6000).square().mean(2)
+    high = [channel for channel in range(8) if channel != 3]
+    assert loud.argmax(0)[high].tolist() == high and loud[high, high].min() > 0.1
+
+
+def test_more_channels_than_can_be_written_are_refused(tmp_path: Path) -> None:
+    clip = clip_of_images(films.colour_bars(), Fraction(8), sound_of_samples(torch.zeros(9, 6000), 48000))
+    with pytest.raises(VideoError, match="has 9 channels, and at most 8 can be written"):
+        saved(clip, tmp_path, Format.MP4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("size", "rate", "sentence"), [
+    ((8, 300), 8, "AV1 cannot be written at 300 x 8: both sides need at least 32 pixels"),
+    ((64, 64), 250, "AV1 cannot be written at 250 frames a second, only up to 240"),
+])  # fmt: skip
+def test_what_an_encoder_never_comes_back_from_is_refused(
+    size: tuple[int, int], rate: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(write, "_mux", lambda *given: pytest.fail("the encoder was opened"))
+    with pytest.raises(VideoError, match=sentence):
+        saved(clip_of_images(torch.zeros(2, *size, 3), Fraction(rate)), tmp_path, Format.WEBM_AV1)
 
 
 def test_sound_longer_than_the_pictures_is_cut(tmp_path: Path) -> None:
