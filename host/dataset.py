@@ -16,7 +16,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ..media.clip import Clip, clip_of_images
+from ..media.clip import Clip
 from ..media.geometry import Fit, Frame
 from ..media.timing import Selection
 from ..motion_modules.errors import TrainingError, check_choice
@@ -89,7 +89,7 @@ def dataset_of(clips: Any, captions: str = "", clip_length: int = 0) -> Dataset:
         if captions.strip():
             raise TrainingError("The dataset brings its captions, and captions on this node is not empty. Empty it.")
         return clips
-    film = clip_of_images(clips, Fraction(1)) if isinstance(clips, Tensor) else clip_of(clips)
+    film = clip_of(clips)
     return Dataset((film_of_parts(FROM_GRAPH, film, clip_length, captions),))
 
 

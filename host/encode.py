@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from fractions import Fraction
 from typing import Any
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
-from ..media.clip import Clip, clip_of_images
+from ..media.clip import Clip
 from ..motion_modules.errors import ModelMismatchError
 from . import memory
 from .preview import watching_page
@@ -31,7 +30,7 @@ def encode_video(vae: Any, video: Any) -> dict[str, Tensor]:
     if getattr(vae, "latent_dim", 2) != 2:
         raise ModelMismatchError("This VAE has its own time axis and takes the whole clip at once. Use the VAE Encode "
                                  "node for it.")  # fmt: skip
-    film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
+    film = clip_of(video)
     on_frame = watch(film)
 
     def chunks() -> Iterator[Tensor]:
@@ -41,7 +40,7 @@ def encode_video(vae: Any, video: Any) -> dict[str, Tensor]:
             done += len(chunk)
             on_frame(done)
 
-    return {"samples": encode_frames(vae, replace(film, chunks=chunks), ENCODED_AT_ONCE)}
+    return {"samples": encode_frames(vae, replace(film, chunks=chunks))}
 
 
 def encode_frames(vae: Any, film: Clip, at_once: int = ENCODED_AT_ONCE) -> Tensor:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 from math import isnan
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..media.clip import clip_of_images
 from ..motion_modules.errors import ModelMismatchError, check_choice
 from ..sampling.agreement import Agreement
 from .video import clip_of, watch
@@ -49,7 +47,7 @@ def evaluate(clip_vision: Any, video: Any, text: str, crop: str, clip: Any = Non
     told = None
     if clip is not None and text.strip():
         told = text_embedding(clip, text, width_of(clip_vision))
-    film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
+    film = clip_of(video)
     agreement, on_frame = Agreement(told), watch(film)
     for pictures in film.chunks():
         embeddings = clip_vision.encode_image(pictures, crop=crop == "center")["image_embeds"]

@@ -33,7 +33,7 @@ class Material:
     contexts: dict[str, list]
     encode: Callable[[Clip], Tensor]
     stamp: str
-    shelf: Shelf | None
+    shelf: Shelf
     frames: int
     stride: int
     drop: float = 0.1

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ..media.clip import Clip, clip_of_images, part_of_clip
+from ..media.clip import Clip, part_of_clip
 from ..motion_modules.animatediff.spec import V2, MotionSpec
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import TrainingError
@@ -87,7 +86,7 @@ def tune_video_model(model: ModelPatcher, clip: Any, vae: Any, video: Any, promp
     check_image_model(model)
     if not prompt.strip():
         raise TrainingError("The clip has no prompt. Write what it shows, and later change the words of it.")
-    film = clip_of_images(video, Fraction(1)) if isinstance(video, Tensor) else clip_of(video)
+    film = clip_of(video)
     taken = Film("The video", chosen_frames(film, how.frames, how.stride), (how.frames,), (prompt.strip(),))
     _tune(model.clone(), material(model, clip, vae, Dataset((taken,)), how, drop=0.0, stride=1), how)
     file = read_tuned(read_weights(how.path), read_metadata(how.path), how.path.name)

@@ -14,6 +14,7 @@ import comfy.utils
 import folder_paths
 from comfy.cli_args import args
 from comfy_api.latest import Input, InputImpl, Types, io, ui
+from torch import Tensor
 
 from ..media import formats
 from ..media.clip import Clip, Sound, clip_of_images, collect_pictures, collect_sound, part_of_clip, sound_of_samples
@@ -136,8 +137,10 @@ def film_of(format: Any, codec: Any, target: Path | BytesIO) -> tuple[formats.Co
     return CONTAINERS[asked], CODECS[compression]
 
 
-def clip_of(video: Input.Video) -> Clip:
-    """Any VIDEO as a clip. Files stay on disk, frames that are in memory are not copied."""
+def clip_of(video: Input.Video | Tensor) -> Clip:
+    """Any VIDEO, or an IMAGE at a frame a second, as a clip. Files stay on disk, what is in memory is not copied."""
+    if isinstance(video, Tensor):
+        return clip_of_images(video, Fraction(1))
     if isinstance(video, StreamedVideo):
         return video.clip
     if isinstance(video, InputImpl.VideoFromFile):
