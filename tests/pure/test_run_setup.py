@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
+import importlib.metadata
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import run
 import suites
 from console import SetupError
 from hosts import Host, Pin
+from packaging.specifiers import SpecifierSet
 
 SCRIPTS = Path(run.__file__).parent
 BUILD = """
@@ -334,3 +336,11 @@ def test_unknown_words_are_refused(capsys: pytest.CaptureFixture) -> None:
     assert run.main(["danse"]) == 1 and "There is no verb danse" in capsys.readouterr().out
     assert run.main(["bench", "nothing"]) == 1 and "no measurement called nothing" in capsys.readouterr().out
     assert run.main([]) == 0 and "python3 scripts/run.py demo" in capsys.readouterr().out
+
+
+def test_tools_of_the_tests_are_to_be_had_on_the_oldest_python() -> None:
+    pins = [line.split("==")[0] for line in (run.ROOT / "requirements-dev.txt").read_text().splitlines() if "==" in line]
+    assert "hypothesis" in pins
+    asked = {name: importlib.metadata.metadata(name)["Requires-Python"] for name in pins}
+    late = [name for name, versions in asked.items() if versions and not SpecifierSet(versions).contains("3.10.0")]
+    assert not late, f"not for Python 3.10: {late}"
