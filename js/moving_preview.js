@@ -1,10 +1,11 @@
 // Plays the clip that a sampling node works on, through the preview event the front end itself listens to.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { cellsOf, isClipText, shownSize } from "./lib/moving_preview.mjs";
+import { cellsOf, isClipText, shownSize } from "./lib/moving_preview.js";
 
 const EVENT = "latentmotion.preview";
 const SHOWN = "b_preview_with_metadata";
+const ENDS = ["execution_success", "execution_error", "execution_interrupted", "reconnecting"];
 const FRAMES_A_SECOND = 8;
 const TEXT_WIDGET = "$$node-text-preview";
 const players = new Map(); // by node: the pictures of its clip, which one is shown, the timer
@@ -86,7 +87,7 @@ app.registerExtension({
     api.addEventListener("progress_state", ({ detail }) => {
       for (const [node, { state }] of Object.entries(detail.nodes)) if (state !== "running") stop(node);
     });
-    for (const end of ["execution_success", "execution_error", "execution_interrupted"]) api.addEventListener(end, stopAll);
+    for (const end of ENDS) api.addEventListener(end, stopAll);
     api.addEventListener("progress_text", keepOutOfFiles);
   },
 });

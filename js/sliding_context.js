@@ -1,7 +1,7 @@
 // Draws the windows of a Sliding Context node: one row per window, one cell per frame, darker where it counts more.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
-import { clipLength, queryOf, svgOf } from "./lib/windows_picture.mjs";
+import { clipLength, queryOf, svgOf } from "./lib/windows_picture.js";
 
 const NODE = "LatentMotionSlidingContext";
 

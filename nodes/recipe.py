@@ -119,9 +119,11 @@ def main(argv: list[str]) -> int:
 
 @contextmanager
 def _heard() -> Iterator[logging.Logger]:
-    """While the context lasts the pack's log is on the terminal, and SIGTERM is Ctrl-C."""
+    """While the context lasts the pack's log is on the terminal; SIGTERM and a closed terminal are Ctrl-C."""
     log = logging.getLogger(__name__.split(".")[0])
-    before, spoken = signal.signal(signal.SIGTERM, signal.default_int_handler), logging.StreamHandler(sys.stdout)
+    ends = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
+    spoken = logging.StreamHandler(sys.stdout)
     level = log.level
     log.setLevel(logging.INFO)
     log.propagate = False
@@ -132,4 +134,5 @@ def _heard() -> Iterator[logging.Logger]:
         log.removeHandler(spoken)
         log.setLevel(level)
         log.propagate = True
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,10 +7,13 @@ leaves nothing that a later run takes for an environment. A lock that dies with 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -25,6 +28,11 @@ from console import Progress, SetupError, say, tail
 
 STAMP = ".complete"
 FREE_GIGABYTES = 8
+BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+"""What a lock that another process holds is answered with."""
+PIP_FOR_OTHERS = (22, 3)
+"""The first pip that installs into another environment (`--python`)."""
+VENV = "On Debian and Ubuntu: apt-get install python3-venv"
 NO_INDEX = "The package index did not answer. Check the network, then run this again."
 HINTS = (
     ("No space left on device", "The disk is full: an environment takes about 6 GB. Free some, then run this again."),
@@ -70,16 +78,23 @@ def is_complete(folder: Path) -> bool:
     """Whether `folder` was finished and its interpreter still starts."""
     if not (folder / STAMP).is_file():
         return False
-    check = subprocess.run([python_of(folder), "-c", ""], capture_output=True, check=False)
-    return check.returncode == 0
+    try:
+        return subprocess.run([python_of(folder), "-c", ""], capture_output=True, check=False).returncode == 0
+    except OSError:  # the Python it was made of is gone
+        return False
 
 
 @contextlib.contextmanager
-def locked(file: Path, what: str) -> Iterator[None]:
-    """Hold an exclusive lock on `file`; the system drops it when the process ends, however it ends."""
+def locked(file: Path, what: str, refusal: str | None = None) -> Iterator[None]:
+    """Hold an exclusive lock on `file`; the system drops it when the process ends, however it ends.
+
+    Raises: SetupError with `refusal`, if one is given, where another process holds it; else that one is waited for.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a+b") as handle:
         if not _try_lock(handle):
+            if refusal is not None:
+                raise SetupError(refusal)
             say(f"Another run is busy with {what}; waiting for it ...")
             while not _try_lock(handle):
                 threading.Event().wait(0.5)
@@ -97,8 +112,10 @@ def _try_lock(handle: IO[Any]) -> bool:
             import fcntl
 
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in BUSY:
+            return False
+        say(f"  careful: files cannot be locked on this disk ({error.strerror}); do not run this twice at once")
     return True
 
 
@@ -153,21 +170,26 @@ def _create(folder: Path, log: Path) -> list[str]:
         made = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
     if made.returncode != 0:
         raise SetupError(
-            f"Python could not make a virtual environment in {folder}:\n{tail(log)}\n"
-            "On Debian and Ubuntu: apt-get install python3-venv"
+            f"Python could not make a virtual environment in {folder}:\n{tail(log)}\n{VENV}"
         )
     python = str(python_of(folder))
-    if own_pip:
-        return [python, "-m", "pip"]
-    return [*any_pip(), "--python", python]
+    return [python, "-m", "pip"] if own_pip else [*_own_pip(PIP_FOR_OTHERS), "--python", python]
 
 
-def any_pip() -> list[str]:
-    """The pip command of the Python that runs this script."""
+def any_pip(spare: Path) -> list[str]:
+    """A pip command: that of the Python that runs this script, else of a small environment made in `spare`."""
+    if importlib.util.find_spec("pip") is None and importlib.util.find_spec("ensurepip") is not None:
+        return _create(spare / "pip", spare / "pip.log")
+    return _own_pip()
+
+
+def _own_pip(oldest: tuple[int, int] = (0, 0)) -> list[str]:
+    """The pip of the Python that runs this script. Raises: SetupError when it has none, or one before `oldest`."""
     if importlib.util.find_spec("pip") is None:
-        raise SetupError(
-            f"{sys.executable} has neither pip nor ensurepip. On Debian and Ubuntu: apt-get install python3-venv"
-        )
+        raise SetupError(f"{sys.executable} has neither pip nor ensurepip. {VENV}")
+    version = importlib.metadata.version("pip")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < oldest:
+        raise SetupError(f"{sys.executable} has no ensurepip, and its pip {version} is too old to do without. {VENV}")
     return [sys.executable, "-m", "pip"]
 
 

@@ -19,15 +19,21 @@ from console import Progress, SetupError, tail
 from pack import ON_CPU
 
 ROOT = Path(__file__).resolve().parent.parent
+ATTENDED = Path(__file__).resolve().parent / "attended.py"
 PACK_NAME = "ComfyUI-LatentMotion"
 FOLDERS = ("custom_nodes", "input", "models", "output", "temp", "user")
 GPU_DEVICES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/dri")
 
 
-def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
+def free_port(wanted: int = 0) -> int | None:
+    """A TCP port nobody listens on at this moment, or `wanted` if that is one, else None."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        if os.name != "nt":  # there it would let two listen on one port; here it forgives a server that just ended
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError:
+            return None
         return probe.getsockname()[1]
 
 
@@ -83,7 +89,7 @@ class HostServer:
 
     def command(self) -> list[str]:
         """The command line that starts the host."""
-        line = [str(self.python), "-u", str(self.host / "main.py"), "--base-directory", str(self.base)]
+        line = [str(self.python), "-u", str(ATTENDED), str(self.host / "main.py"), "--base-directory", str(self.base)]
         line += ["--port", str(self.port), "--disable-auto-launch", "--disable-api-nodes"]
         if "--database-url" in (self.host / "comfy" / "cli_args.py").read_text(encoding="utf-8"):
             line += ["--database-url", "sqlite:///:memory:"]
@@ -102,7 +108,7 @@ class HostServer:
                 self.command(),
                 cwd=self.host,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # held open: see attended.py
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches us alone, and we end it
@@ -134,7 +140,7 @@ class HostServer:
 
     def stop(self) -> None:
         """End the server process by its id, kindly first."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             return
         self.process.terminate()
         try:
@@ -142,6 +148,7 @@ class HostServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.process.stdin.close()
 
     def log_lines(self) -> list[str]:
         """What the server has printed so far."""

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STAMP = ".latentmotion-complete"
 TORCH = ("torch==2.11.0", "torchvision==0.26.0", "torchaudio==2.11.0")
 UNLISTED = ("requests",)  # imported by ComfyUI 0.3.75, not named in its requirements
+NEEDED = ("torch", "aiohttp", "av", "einops", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Host:
     asked_for: bool = False
     in_place: bool = False
 
-    def python(self, cache: Path, *tools: str) -> Path:
+    def python(self, cache: Path, *tools: str, tools_only: bool = False) -> Path:
         """The interpreter that runs this host and the pack, its environment built first if needed.
 
-        `tools` are the modules of requirements-dev.txt that the caller is about to use.
+        `tools` are the modules of requirements-dev.txt that the caller is about to use; tools_only: and nothing else.
         """
         if self.in_place:
-            _check_own_python(self, tools)
+            _check_own_python(self, () if tools_only else NEEDED, tools)
             return Path(sys.executable)
         return ensure(self.recipe(), cache)
 
@@ -134,9 +135,9 @@ def _is_stamped(folder: Path, pin: Pin) -> bool:
 
 def _download(pin: Pin, folder: Path) -> Path:
     target = folder / "wheel"
-    command = [*any_pip(), "download", "--no-deps", "--no-input", "--only-binary=:all:", "--ignore-requires-python"]
+    options = ["--no-deps", "--no-input", "--only-binary=:all:", "--ignore-requires-python", "--progress-bar", "off"]
     done = subprocess.run(
-        [*command, "--progress-bar", "off", "--dest", str(target), pin.requirement],
+        [*any_pip(folder), "download", *options, "--dest", str(target), pin.requirement],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
     )
     if done.returncode != 0:
@@ -165,8 +166,7 @@ def _unpack(wheel: Path, pin: Pin, folder: Path) -> Path:
     return host
 
 
-def _check_own_python(host: Host, tools: tuple[str, ...]) -> None:
-    needed = ("torch", "aiohttp", "av", "einops", "safetensors")
+def _check_own_python(host: Host, needed: tuple[str, ...], tools: tuple[str, ...]) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise SetupError(

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import itertools
 import json
 import sys
 import uuid
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # an embedded or isolated Python leaves it out
 
 import aiohttp
 import av
@@ -101,11 +105,13 @@ async def download(url: str, file: dict[str, str], target: Path) -> None:
 
 
 def free_name(folder: Path, stem: str, ending: str) -> Path:
-    """The first name stem_0001, stem_0002 ... that is not taken in `folder`."""
-    number = 1
-    while (folder / f"{stem}_{number:04d}{ending}").exists():
-        number += 1
-    return folder / f"{stem}_{number:04d}{ending}"
+    """The first of stem_0001, stem_0002 ... that is not taken in `folder`; taken from here on, by an empty file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        path = folder / f"{stem}_{number:04d}{ending}"
+        with contextlib.suppress(FileExistsError):
+            path.open("x").close()
+            return path
 
 
 def contact_sheet(video: Path, target: Path) -> dict[str, Any]:
@@ -145,9 +151,12 @@ def main(argv: list[str]) -> int:
         say(f"The graph {options.workflow.name} ran, but saved no video.")
         return 1
     seconds = progress.end("clip made")
-    options.folder.mkdir(parents=True, exist_ok=True)
     video = free_name(options.folder, options.workflow.stem, Path(found[0]["filename"]).suffix)
-    asyncio.run(download(options.url, found[0], video))
+    try:
+        asyncio.run(download(options.url, found[0], video))
+    except BaseException:
+        video.unlink()
+        raise
     sheet = video.with_suffix(".png")
     facts = contact_sheet(video, sheet)
     say(f"\n{facts['frames']} frames of {facts['width']}x{facts['height']} at {facts['fps']:g} frames per second")
@@ -159,4 +168,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:  # run.py, which waits for this, says so
+        sys.exit(130)

@@ -31,12 +31,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from console import SetupError, say
-from environment import cache_folder
-from host_server import HostServer
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # an embedded or isolated Python leaves it out
+
+from console import SetupError, say, tail
+from environment import cache_folder, locked
+from host_server import HostServer, free_port
 from hosts import ROOT, Host, find
+from processes import end_as_by_exit, run_to_its_end
 from suites import run_tests
 
+Finder = Callable[[], Host]
+"""Finds the host when a verb needs it, which may take a download: what is wrong with the command is said before."""
+PORT = 8188
+HELP = ("-h", "--help", "help")
 WORKFLOW = ROOT / "workflows" / "api" / "text_to_video.json"
 
 
@@ -54,17 +61,38 @@ def refuse_rest(verb: str, rest: list[str]) -> None:
         raise SetupError(f"run.py {verb} does not know {' '.join(rest)}. `python3 scripts/run.py` lists the verbs.")
 
 
-def demo(host: Host, cache: Path, arguments: list[str]) -> int:
+def check_graph(file: Path) -> None:
+    """Raise SetupError unless `file` holds a graph in API format."""
+    try:
+        graph = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SetupError(f"--workflow names {file}, which cannot be read: {error.strerror}.") from None
+    except ValueError as error:
+        raise SetupError(f"--workflow names {file}, which is not JSON: {error}.") from None
+    if isinstance(graph, dict) and "nodes" in graph:
+        raise SetupError(
+            f"{file} is a workflow of the canvas. Here one in API format is needed: take it from workflows/api/, or "
+            "save yours with File > Export (API)."
+        )
+    nodes = graph.values() if isinstance(graph, dict) else [None]
+    if not all(isinstance(node, dict) and "class_type" in node for node in nodes):
+        raise SetupError(f"{file} is JSON, but not a ComfyUI graph in API format, as those in workflows/api/ are.")
+
+
+def demo(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     """Boot the host, make the clip of workflows/api/text_to_video.json, and write it to output/."""
     begun = time.monotonic()
     options, rest = options_of("demo", arguments, "--json", "--workflow")
     refuse_rest("demo", rest)
+    graph = Path(options.workflow or WORKFLOW)
+    check_graph(graph)
+    host = find_host()
     python = host.python(cache)
     facts = Path(options.json).absolute() if options.json else None
     folder = tempfile.TemporaryDirectory(prefix="latentmotion-demo-", ignore_cleanup_errors=True)
     with folder as base, HostServer(python, host.path, Path(base)) as server:
         client = [str(python), str(ROOT / "scripts" / "make_clip.py"), "--url", server.url]
-        client += ["--workflow", str(options.workflow or WORKFLOW), "--folder", str(ROOT / "output")]
+        client += ["--workflow", str(graph), "--folder", str(ROOT / "output")]
         client += ["--json", str(facts)] if facts else []
         code = subprocess.run(client, check=False).returncode
         if code != 0:
@@ -76,36 +104,64 @@ def demo(host: Host, cache: Path, arguments: list[str]) -> int:
     return code
 
 
-def serve(host: Host, cache: Path, arguments: list[str]) -> int:
+def port_for(asked: str | None) -> int:
+    """The port to serve at: the one that is asked for, else 8188 or the first one after it that nobody listens on.
+
+    Raises: SetupError when `asked` is no port, or one that is taken.
+    """
+    if asked is None:
+        return next((port for port in range(PORT, PORT + 100) if free_port(port)), None) or free_port()
+    if not (asked.isdecimal() and 0 < int(asked) < 65536):
+        raise SetupError(f"--port is {asked}, and must be a number from 1 to 65535.")
+    if not free_port(int(asked)):
+        raise SetupError(f"Port {asked} is taken by another program, or needs rights you do not have. Name another.")
+    return int(asked)
+
+
+def serve(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     """Run the host with the pack until Ctrl-C; its models, input and user folders stay in the cache."""
     options, rest = options_of("serve", arguments, "--port")
+    port = port_for(options.port)
     base = cache / "serve"
     base.mkdir(parents=True, exist_ok=True)
     (ROOT / "output").mkdir(exist_ok=True)
     extra = ["--output-directory", str(ROOT / "output"), *rest]
-    port = int(options.port) if options.port else 8188
-    with HostServer(host.python(cache), host.path, base, extra, port) as server:
+    host = find_host()
+    running = f"`run.py serve` is running already on the folders in {base}. Use that one, or end it first."
+    with (
+        locked(base / "serve.lock", "serve", running),
+        HostServer(host.python(cache), host.path, base, extra, port) as server,
+    ):
         say(f"Open {server.url} in a browser; Ctrl-C ends it. Models go to {base / 'models'}, its log is {server.log}")
         code = server.process.wait()
-        say(f"ComfyUI ended by itself (exit code {code})")
+        say(f"ComfyUI ended by itself (exit code {code}):\n{tail(server.log)}")
         return code
 
 
-def in_pack(host: Host, cache: Path, module: str, arguments: list[str]) -> int:
+def in_pack(find_host: Finder, cache: Path, module: str, arguments: list[str]) -> int:
     """Run one module of the pack with the host on the path, through scripts/pack.py."""
+    host = find_host()
     environment = os.environ | {"COMFYUI_PATH": str(host.path)}
     command = [str(host.python(cache)), str(ROOT / "scripts" / "pack.py"), module, *arguments]
-    return subprocess.run(command, env=environment, check=False).returncode
+    return run_to_its_end(command, env=environment)
 
 
-def train(host: Host, cache: Path, arguments: list[str]) -> int:
+def train(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     """Carry out a recipe. Ctrl-C and SIGTERM reach the training, which keeps its state before it ends."""
+    if len(arguments) != 1 or not Path(arguments[0]).is_file():
+        raise SetupError(f"run.py train takes one recipe, a TOML or JSON file{_not_there(arguments)}.")
+    host = find_host()
     environment = os.environ | {"COMFYUI_PATH": str(host.path)}
     command = [str(host.python(cache)), str(ROOT / "scripts" / "pack.py"), "nodes.recipe", *arguments]
     process = subprocess.Popen(command, env=environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to the training as well
-    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
+        signal.signal(number, lambda *_: process.terminate())
     return process.wait()
+
+
+def _not_there(arguments: list[str]) -> str:
+    return f"; there is no file {arguments[0]}" if len(arguments) == 1 else ""
 
 
 def benchmarks() -> dict[str, str]:
@@ -118,7 +174,7 @@ def benchmarks() -> dict[str, str]:
     return found
 
 
-def bench(host: Callable[[], Host], cache: Path, arguments: list[str]) -> int:
+def bench(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     """Run one measurement, or list them."""
     known = benchmarks()
     if not arguments:
@@ -127,26 +183,30 @@ def bench(host: Callable[[], Host], cache: Path, arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in known:
         raise SetupError(f"There is no measurement called {name}; there are: {', '.join(known)}.")
-    return in_pack(host(), cache, f"bench.{name}", rest)
+    return in_pack(find_host, cache, f"bench.{name}", rest)
 
 
-def lint(host: Host, cache: Path, arguments: list[str]) -> int:
+def lint(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     """Check the style of the code with ruff, as pyproject.toml sets it."""
-    command = [str(host.python(cache, "ruff")), "-m", "ruff", "check", *(arguments or ["."])]
+    command = [str(find_host().python(cache, "ruff", tools_only=True)), "-m", "ruff", "check", *(arguments or ["."])]
     return subprocess.run(command, cwd=ROOT, check=False).returncode
 
 
 def run(verb: str, arguments: list[str], comfyui: str | None) -> int:
     """Carry out one verb."""
     cache = cache_folder()
+
+    def find_host() -> Host:
+        return find(comfyui, cache)
+
     verbs: dict[str, Callable[[], int]] = {
-        "demo": lambda: demo(find(comfyui, cache), cache, arguments),
-        "test": lambda: run_tests(find(comfyui, cache), cache, arguments),
-        "serve": lambda: serve(find(comfyui, cache), cache, arguments),
-        "bench": lambda: bench(lambda: find(comfyui, cache), cache, arguments),
-        "train": lambda: train(find(comfyui, cache), cache, arguments),
-        "train-demo": lambda: in_pack(find(comfyui, cache), cache, "demo.train", arguments),
-        "lint": lambda: lint(find(comfyui, cache), cache, arguments),
+        "demo": lambda: demo(find_host, cache, arguments),
+        "test": lambda: run_tests(find_host(), cache, arguments),
+        "serve": lambda: serve(find_host, cache, arguments),
+        "bench": lambda: bench(find_host, cache, arguments),
+        "train": lambda: train(find_host, cache, arguments),
+        "train-demo": lambda: in_pack(find_host, cache, "demo.train", arguments),
+        "lint": lambda: lint(find_host, cache, arguments),
     }
     if verb not in verbs:
         raise SetupError(f"There is no verb {verb}; there are: {', '.join(verbs)}.")
@@ -155,10 +215,11 @@ def run(verb: str, arguments: list[str], comfyui: str | None) -> int:
 
 def main(argv: list[str]) -> int:
     options, rest = options_of("", argv, "--comfyui")
-    if not rest or rest[0] in ("-h", "--help", "help"):
+    own = rest[:1] in (["demo"], ["serve"], ["train"], ["lint"])  # pytest and the measurements have helps of their own
+    if not rest or rest[0] in HELP or (own and rest[1:2] and rest[1] in HELP):
         print(__doc__)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers and half-built folders are cleared away
+    end_as_by_exit()  # so that servers and half-built folders are cleared away
     try:
         return run(rest[0], rest[1:], options.comfyui)
     except SetupError as error:

@@ -6,7 +6,6 @@ They cannot share a process: with the host on the path `nodes` is the host's mod
 from __future__ import annotations
 
 import os
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from console import SetupError, say
 from hosts import ROOT, Host, others
+from processes import run_to_its_end
 
 SUITES = ("pure", "host", "e2e")
 NOTHING_COLLECTED = 5
@@ -82,7 +82,7 @@ class Suite:
         arguments = ["-n", str(self.workers), *BY_FILE] if self.workers > 1 else []
         arguments += [f"--junitxml={report}", *self.paths, *options]
         command = [str(self.python), "-m", "pytest", "-q", "-rs", *arguments]
-        code = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
+        code = run_to_its_end(command, cwd=ROOT, env=environment)
         tally.read(report, code, self.title)
 
 

@@ -68,6 +68,11 @@ def test_clips_are_numbered(server: HostServer, tmp_path: Path) -> None:
     assert names == [f"text_to_video_000{number}{ending}" for number in (1, 2) for ending in (".mp4", ".png")]
 
 
+def test_two_demos_at_once_take_two_names(tmp_path: Path) -> None:
+    names = [make_clip.free_name(tmp_path / "clips", "clip", ".mp4").name for _ in range(2)]  # neither has written yet
+    assert names == ["clip_0001.mp4", "clip_0002.mp4"]
+
+
 @pytest.mark.parametrize(("node", "inputs", "sentences"), [
     ("7", {"sampler_name": "no such sampler"}, ("node 7 (KSampler)", "no such sampler")),
     ("6", {"batch_size": 40}, ("KSampler:", "32")),

@@ -339,7 +339,8 @@ def test_unknown_words_are_refused(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_tools_of_the_tests_are_to_be_had_on_the_oldest_python() -> None:
-    pins = [line.split("==")[0] for line in (run.ROOT / "requirements-dev.txt").read_text().splitlines() if "==" in line]
+    lines = (run.ROOT / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line.split("==")[0] for line in lines if "==" in line]
     assert "hypothesis" in pins
     asked = {name: importlib.metadata.metadata(name)["Requires-Python"] for name in pins}
     late = [name for name, versions in asked.items() if versions and not SpecifierSet(versions).contains("3.10.0")]
