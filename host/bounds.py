@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..motion_modules.animatediff.spec import JointNorms
 from . import memory
+from .clip_checks import check_one_clip
 from .footprint import Footprint, Shape, footprint
 from .preview import watching_page
 from .unet import block_of
@@ -32,6 +33,9 @@ class Bounds:
         """OUTER_SAMPLE: keep what this run learns about memory while it lasts."""
         guider = executor.class_obj
         before = guider.model_options
+        if self.motions:
+            noise = args[0] if args else kwargs["noise"]
+            check_one_clip(before, noise.shape[0], self.motions[0].settings.frames)
         guider.model_options = _with_run(before, memory.MemoryRun())
         try:
             return executor(*args, **kwargs)
@@ -53,7 +57,7 @@ class Bounds:
         if run.shape:
             line, page = memory.plan(run, need, device), watching_page()
             if page is not None:
-                page.say(line)
+                page.say(" ".join([line, *run.notes]))
         return found
 
     def predict(

@@ -15,13 +15,11 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..motion_modules.errors import ClipError
 from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
 from ..sampling.windows import Window, WindowPlan
 from .bounds import BareBounds
 from .conditioning import ControlSlices, cut_conds, has_foreign_control
-from .inflate import KEY as MOTION
 from .memory import run_of, with_less
 from .preview import Page, show_previews, watching_page
 
@@ -96,6 +94,11 @@ class SlidingContext(ContextHandlerABC):
     plan: WindowPlan = WindowPlan()
     fuse: FuseMethod = FuseMethod.PYRAMID
     noise: NoiseKind = NoiseKind.INDEPENDENT
+
+    @property
+    def context_length(self) -> int:
+        """Frames of a window, under the name it has in the host's own handlers."""
+        return self.plan.length
 
     def __deepcopy__(self, memo: dict) -> SlidingContext:
         return self
@@ -191,15 +194,6 @@ def apply_context(model: ModelPatcher, context: SlidingContext) -> ModelPatcher:
     return model
 
 
-def check_one_clip(model: ModelPatcher, frames: int) -> None:
-    """Raise ClipError where the MODEL takes a batch of so many frames for several clips: windows run over all of it."""
-    length = (model.get_attachment(MOTION) or {}).get("frames", 0)
-    if length and length != frames:
-        raise ClipError(f"frames is {length} on Apply Motion Module or ST-Attention, so that {frames} frames are "
-                        "several clips, and Sliding Context runs its windows over all of them. Set frames to 0 if they "
-                        "are one clip; make several long clips one after the other.")  # fmt: skip
-
-
 def start_run(
     executor: Any,
     noise: Tensor,
@@ -218,7 +212,6 @@ def start_run(
     axis = frame_axis(noise)
     if not isinstance(context, SlidingContext) or noise.shape[axis] <= context.plan.length:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
-    check_one_clip(guider.model_patcher, noise.shape[axis])
     noise = arrange_noise(noise, context.noise, context.plan.length, context.plan.shared, axis, seed or 0)
     before = guider.model_options
     steps = max(1, len(sigmas) - 1)

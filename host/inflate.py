@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from ..motion_modules.animatediff.spec import JointNorms, Schedule
 from ..motion_modules.call import MotionCall
-from ..motion_modules.errors import ClipError, ModelMismatchError
+from ..motion_modules.errors import ModelMismatchError
 from ..sampling.frame_values import FrameValues
 from . import memory
 from .bounds import Bounds
+from .clip_checks import ClipChecks, agreed, check_frames
+from .frame_maps import areas_of, values_on
 from .motion import MotionModule
 from .preview import show_previews
 from .schedule import set_schedule
@@ -43,6 +45,15 @@ class MotionSettings:
     stretch: bool = False
     as_evolved: bool = False
     schedule: Schedule | None = None
+
+    def acts_at(self, sigma: float, model_sampling: Any) -> bool:
+        """Whether the module acts at this noise level of the host's `model_sampling`."""
+        if self.strength.is_zero:
+            return False
+        if self.start <= 0.0 and self.end >= 1.0:
+            return True
+        first, last = (model_sampling.percent_to_sigma(share) for share in (self.start, self.end))
+        return last < sigma <= first or (self.end >= 1.0 and sigma <= first)
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,10 +97,11 @@ def _motions_of(model: ModelPatcher) -> tuple[Motion, ...]:
 
 def _install(model: ModelPatcher, motions: tuple[Motion, ...]) -> None:
     frames = motions[0].settings.frames
-    bounds = Bounds(motions)
+    bounds, checks = Bounds(motions), ClipChecks(motions)
     for kind, *wrappers in ((WrappersMP.APPLY_MODEL, Inflation(motions)), (WrappersMP.PREDICT_NOISE, publish_clip),
                             (WrappersMP.CALC_COND_BATCH, publish_window, bounds.predict),
-                            (WrappersMP.OUTER_SAMPLE, bounds.sample), (WrappersMP.PREPARE_SAMPLING, bounds.prepare)):
+                            (WrappersMP.OUTER_SAMPLE, bounds.sample, checks.sample),
+                            (WrappersMP.PREPARE_SAMPLING, bounds.prepare)):
         model.remove_wrappers_with_key(kind, KEY)
         for wrapper in wrappers:
             model.add_wrapper_with_key(kind, KEY, wrapper)
@@ -111,9 +123,10 @@ def publish_clip(executor: Callable, x: Tensor, timestep: Tensor, model_options:
 
 def publish_window(executor: Callable, model: Any, conds: Any, x: Tensor, timestep: Tensor, model_options: dict,
                    *args: Any, **kw: Any) -> Any:
-    """Tell neighbouring packs which frames of the clip the coming call works on."""
+    """Tell neighbouring packs which frames of the clip the coming call works on, and ours on which areas."""
     timestep = timestep.expand(x.shape[0])
-    options = model_options.get("transformer_options", {})
+    model_options = _with(model_options, areas_of(conds, x))
+    options = model_options["transformer_options"]
     indices = window_indices(options)
     if indices is not None:
         params = {"full_length": x.shape[0], **options.get("ad_params", {}), "sub_idxs": indices,
@@ -152,7 +165,7 @@ class Inflation:
         options = transformer_options or {}
         base = executor.class_obj
         calls = {number: _call_of(motion, x, options) for number, motion in enumerate(self.motions)
-                 if self._active(motion, base, t)}
+                 if motion.settings.acts_at(float(t.max()), base.model_sampling)}
         if not calls:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         unet, run = base.diffusion_model, memory.run_of(options)
@@ -163,7 +176,7 @@ class Inflation:
             norms = [norm for number in calls for norm in joint_norms(unet, self.motions[number].joint)]
             # The UNet takes a ControlNet's outputs off their lists one by one: each try gets lists of its own.
             hints = control and {key: list(value) for key, value in control.items()}
-            with inflated(unet, slots, norms, _frames_of(list(calls.values()))):
+            with inflated(unet, slots, norms, agreed(call.frames for call in calls.values())):
                 return executor(x, t, c_concat, c_crossattn, hints, {**options, CALLS: fitting}, **kwargs)
 
         def lessen() -> str | None:
@@ -171,26 +184,6 @@ class Inflation:
             return None if together else run.halve_slab(x.device)  # a wrapper further out takes them apart
 
         return memory.with_less(denoise, lessen, run, x.device)
-
-    @staticmethod
-    def _active(motion: Motion, base: Any, t: Tensor) -> bool:
-        settings = motion.settings
-        if settings.strength.is_zero:
-            return False
-        if settings.start <= 0.0 and settings.end >= 1.0:
-            return True
-        sigma = float(t.max())
-        first, last = (base.model_sampling.percent_to_sigma(share) for share in (settings.start, settings.end))
-        return last < sigma <= first or (settings.end >= 1.0 and sigma <= first)
-
-
-def _frames_of(calls: list[MotionCall]) -> int:
-    """Frames per clip, which modules on one MODEL must agree on: they share the norms that see whole clips."""
-    counts = sorted({call.frames for call in calls})
-    if len(counts) > 1:
-        raise ClipError(f"The motion modules on this MODEL are set to clips of {' and '.join(map(str, counts))} "
-                        "frames. Set frames to the same number on every Apply Motion Module.")
-    return counts[0]
 
 
 def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
@@ -200,14 +193,13 @@ def _call_of(motion: Motion, x: Tensor, options: dict) -> MotionCall:
     indices = window_indices(options)
     frames = settings.frames if settings.frames and indices is None else images // memory.windows_in(options)
     extra = len(_anchor(options["context_window"])) if indices is not None else 0
-    _check_frames(frames, images, motion, indices is not None, extra)
+    check_frames(frames, images, motion, indices is not None, extra)
     indices = indices if indices is not None else list(range(frames))
-    clips = x.shape[0] // len(indices)
     return MotionCall(
         frames=frames,
         positions=_positions(frames, spec.positions, extra).to(x.device),
-        strength=settings.strength.at(indices, clips),
-        scale=settings.scale.at(indices, clips),
+        strength=values_on(settings.strength, indices, x, options),
+        scale=values_on(settings.scale, indices, x, options),
         affine=host_affine,
     )
 
@@ -220,20 +212,3 @@ def _positions(frames: int, known: int, extra: int) -> Tensor:
     if known < frames <= known + extra:
         return (torch.arange(frames, dtype=torch.float32) - extra).clamp(min=0)
     return torch.linspace(0, known - 1, frames) if frames > known else torch.arange(frames, dtype=torch.float32)
-
-
-def _check_frames(frames: int, images: int, motion: Motion, windowed: bool, extra: int) -> None:
-    spec, name = motion.module.spec, motion.module.name
-    if images == 0:
-        raise ClipError("The latent holds no frames. Set batch_size of the Empty Latent Image node to the number of "
-                        "frames, 16 for instance.")
-    if images % frames:
-        raise ClipError(f"The batch holds {images} images, which {frames} frames per clip do not divide. Set frames on "
-                        f"Apply Motion Module to 0 for one clip of {images} frames, or change the batch.")
-    if frames == 1 and not windowed:
-        raise ClipError("This MODEL makes video, and the latent holds one frame only. Set batch_size of the Empty "
-                        "Latent Image node to the number of frames, 16 for instance.")
-    if frames - extra > spec.positions and not motion.settings.stretch:
-        raise ClipError(f"{name} knows {spec.positions} frame positions, and this {'window' if windowed else 'clip'} "
-                        f"has {frames - extra} frames. Make it shorter, put a Context Windows node on the MODEL with a "
-                        f"length of at most {spec.positions}, or set positions on Apply Motion Module to 'stretch'.")

@@ -47,6 +47,7 @@ class MemoryRun:
     slab: ceiling on one temporary in bytes, 0 for the device's own. apart: one conditioning per call of the UNet.
     windows: of a long clip, in one call. shape: of one conditioning's share of a call with one window, as the host
     asked for its memory. needed: bytes such a call takes, as estimated. told: the user knows.
+    notes: what else the node is to say.
     """
 
     slab: int = 0
@@ -55,6 +56,7 @@ class MemoryRun:
     told: bool = False
     shape: list[int] = field(default_factory=list)
     needed: int = 0
+    notes: list[str] = field(default_factory=list)
 
     def __deepcopy__(self, memo: dict) -> MemoryRun:
         """Copies of a run's options share it."""

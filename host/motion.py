@@ -33,14 +33,17 @@ class MotionModule:
     patcher: ModelPatcher
 
     def describe(self) -> str:
-        spec = self.spec
-        return f"{self.name}: {spec.variant.name} for {spec.family}, {len(spec.slots)} modules, {spec.positions} frames"
+        spec, variant = self.spec, self.spec.variant
+        return (f"{self.name}: {variant.name} for {spec.family}, {len(spec.slots)} modules, {spec.positions} frames, "
+                f"trained with the noise schedule '{variant.schedule.value}'")
 
 
 def load_motion_module(name: str) -> MotionModule:
     """Load a file of the animatediff_models folder. Raises CheckpointError with a sentence for the user."""
     path = paths.locate(paths.MOTION_MODULES, name)
-    return manage(read_motion_module(read_weights(path), name), name)
+    module = manage(read_motion_module(read_weights(path), name), name)
+    log.info(module.describe())
+    return module
 
 
 def manage(file: MotionFile, name: str) -> MotionModule:

@@ -44,6 +44,15 @@ def locate(folder: str, name: str) -> Path:
     return Path(path)
 
 
+def state_of(folder: str, name: str | None) -> object:
+    """What changes when a chosen file does; a name that is linked is known only when the node runs."""
+    path = name and folder_paths.get_full_path(folder, name)
+    if not path:
+        return name
+    found = Path(path).stat()
+    return name, found.st_mtime_ns, found.st_size
+
+
 def new_file(folder: str, name: str) -> Path:
     """Where a file of this name is to be written: the user's first folder of the kind.
 

@@ -34,8 +34,20 @@ def set_schedule(model: ModelPatcher, schedule: Schedule) -> None:
     if not isinstance(current, comfy.model_sampling.ModelSamplingDiscrete):
         raise ModelMismatchError(f"The noise schedule '{schedule.value}' needs a model with discrete time steps, and "
                                  f"this one uses {type(current).__mro__[1].__name__}. Choose 'image model's own'.")
+    model.add_object_patch("model_sampling", _of_the_same_kind(current, schedule))
+
+
+def _of_the_same_kind(current: Any, schedule: Schedule) -> Any:
     settings = SimpleNamespace(sampling_settings=HOST_SETTINGS[schedule] | {"zsnr": current.zsnr})
-    model.add_object_patch("model_sampling", type(current)(settings))
+    return type(current)(settings)
+
+
+def is_schedule(model_sampling: Any, schedule: Schedule) -> bool:
+    """Whether the host's sampling object has the noise levels of this schedule."""
+    if not isinstance(model_sampling, comfy.model_sampling.ModelSamplingDiscrete):
+        return False
+    wanted, found = _of_the_same_kind(model_sampling, schedule).sigmas, model_sampling.sigmas
+    return wanted.shape == found.shape and torch.allclose(wanted, found.to(wanted), rtol=1e-3)
 
 
 def prediction_of(model: ModelPatcher) -> Prediction:

@@ -23,6 +23,7 @@ from .sound import decoded
 from .timing import Selection, select
 from .write import BT709, EXACT, FULL
 
+FAR = 10  # seconds from which on sound is sought, not decoded from its beginning
 ATTACHED_PICTURE = 1 << 10  # a cover picture of a sound file
 UNSPECIFIED, HD_LINES = 2, 720
 Source = str | Path | BytesIO
@@ -252,12 +253,15 @@ def _sound(file: VideoFile, selection: Selection, rate: Fraction, frames: int) -
 
     def chunks() -> Iterator[Tensor]:
         done = 0
-        with _opened(file.source, file.name) as container:
-            stream = next(s for s in container.streams.audio if s.codec_context is not None)
-            for samples in decoded(container, stream, file.begins + float(start)):
-                yield samples[:, : length - done]
-                done += samples.shape[1]
-                if done >= length:
-                    return
+        for jump in (True, False) if start > FAR and file.stamps is not None else (False,):
+            with _opened(file.source, file.name) as container:
+                stream = next(s for s in container.streams.audio if s.codec_context is not None)
+                for samples in decoded(container, stream, file.begins + float(start), jump):
+                    yield samples[:, : length - done]
+                    done += samples.shape[1]
+                    if done >= length:
+                        return
+            if done:
+                return
 
     return Sound(*file.sound, chunks)

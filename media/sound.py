@@ -17,6 +17,8 @@ from .errors import VideoError
 LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 KEPT = (1, 2, 6, 8)  # layouts every encoder here takes; others are mixed to stereo
 USUAL_RATE = 48000
+LEAD = 2.0
+"""Seconds a decoder is given to come to the same sound as one that began at the beginning."""
 log = logging.getLogger(__name__)
 
 
@@ -58,15 +60,24 @@ class SoundTrack:
         self._output.mux(self._stream.encode(frame))
 
 
-def decoded(container: Any, stream: Any, start: float) -> Iterator[Tensor]:
+def decoded(container: Any, stream: Any, start: float, jump: bool = False) -> Iterator[Tensor]:
     """The sound of an open file from `start` seconds on, with silence where it begins later and for damaged parts.
 
+    jump: decode from shortly before `start` on, not from the beginning of the file; yields nothing where the file
+    leads nowhere, to a later place, or to one without a time.
     Shapes: float32 (channels, n) in -1..1, at the rate and channels that the file begins with.
     """
     context = stream.codec_context
     rate, channels = context.sample_rate, context.layout.nb_channels
     resampled, place = _Resampled(context.layout, rate), None  # place: of the next sample, from `start` on
+    if jump:
+        try:
+            container.seek(int((start - LEAD) / stream.time_base), stream=stream)
+        except av.error.FFmpegError:
+            return
     for frame, after_damage in _frames(container, stream):
+        if jump and place is None and (frame.time is None or frame.time > start):
+            return
         if place is None or (after_damage and frame.time is not None):
             begins = round(((start if frame.time is None else frame.time) - start) * rate)
             silence = begins - max(0, place or 0)

@@ -52,7 +52,17 @@ def on_grid(value: float | Tensor, like: Tensor) -> float | Tensor:
     """
     if not isinstance(value, Tensor):
         return value
-    value = value.to(device=like.device, dtype=torch.float32)
-    if value.shape[-2:] != like.shape[-2:]:
-        value = functional.interpolate(value, size=like.shape[-2:], mode="bilinear", align_corners=False)
-    return value.to(like.dtype)
+    value = value.to(device=like.device, dtype=torch.float32)  # already there, but for maps of other callers
+    return resized(value, tuple(like.shape[-2:])).to(like.dtype)
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Maps on another grid: smaller ones are means, so that nothing small gets lost, larger ones are bilinear.
+
+    Shapes: maps (n, 1, H, W) -> (n, 1, *size).
+    """
+    if maps.shape[-2:] == size:
+        return maps
+    if maps.shape[-2] >= size[0] and maps.shape[-1] >= size[1]:
+        return functional.interpolate(maps, size=size, mode="area")
+    return functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)

@@ -36,6 +36,10 @@ class LoadTemporalVae(io.ComfyNode):
         return options.known_file(paths.VAES, vae_name)
 
     @classmethod
+    def fingerprint_inputs(cls, vae_name: str | None = None) -> object:
+        return paths.state_of(paths.VAES, vae_name)
+
+    @classmethod
     def execute(cls, vae_name: str) -> io.NodeOutput:
         return io.NodeOutput(temporal_vae.load_temporal_vae(vae_name))
 

@@ -36,6 +36,10 @@ class LoadMotionModule(io.ComfyNode):
         return options.known_file(paths.MOTION_MODULES, motion_module)
 
     @classmethod
+    def fingerprint_inputs(cls, motion_module: str | None = None) -> object:
+        return paths.state_of(paths.MOTION_MODULES, motion_module)
+
+    @classmethod
     def execute(cls, motion_module: str) -> io.NodeOutput:
         return io.NodeOutput(motion.load_motion_module(motion_module))
 
@@ -72,6 +76,10 @@ class LoadMotionLora(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, motion_lora: str) -> bool | str:
         return options.known_file(paths.MOTION_LORAS, motion_lora)
+
+    @classmethod
+    def fingerprint_inputs(cls, motion_lora: str | None = None, **settings: object) -> object:
+        return paths.state_of(paths.MOTION_LORAS, motion_lora)
 
     @classmethod
     def execute(cls, motion_module: motion.MotionModule, motion_lora: str, strength: float) -> io.NodeOutput:
@@ -130,7 +138,8 @@ def _amount_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Part of the sampling run at which the module starts to act.",
+            tooltip="Part of the noise schedule at which the module starts to act, as for ControlNets: with denoise "
+            "0.4 a run begins at 0.6.",
         ),
         io.Float.Input(
             "end_percent",
@@ -138,7 +147,7 @@ def _amount_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            tooltip="Part of the sampling run at which the module stops acting.",
+            tooltip="Part of the noise schedule at which the module stops acting.",
         ),
     ]
 

@@ -88,6 +88,10 @@ class LoadTunedVideoModel(io.ComfyNode):
         return options.known_file(paths.MOTION_MODULES, tuned_model, paths.TUNED)
 
     @classmethod
+    def fingerprint_inputs(cls, tuned_model: str | None = None, **settings: object) -> object:
+        return paths.state_of(paths.MOTION_MODULES, tuned_model)
+
+    @classmethod
     def execute(cls, model: io.Model.Type, tuned_model: str, strength: float, frames: int) -> io.NodeOutput:
         return io.NodeOutput(tuned.load_tuned_model(model, tuned_model, strength, frames))
 

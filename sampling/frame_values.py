@@ -23,7 +23,7 @@ class FrameValues:
 
     @property
     def is_zero(self) -> bool:
-        return self.number == 0.0 and self.maps is None
+        return self.number == 0.0 or (self.maps is not None and not bool(self.maps.any()))
 
     def at(self, frames: Sequence[int], clips: int) -> float | Tensor:
         """Values for these frames of the clip, repeated for every clip in the call.

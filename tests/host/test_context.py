@@ -4,6 +4,7 @@ that proves the cutting of everything per frame; with motion the windows themsel
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import comfy.model_management
@@ -331,12 +332,14 @@ def test_the_hosts_own_windows_are_replaced(frames: int, pair: Pair, run_node: C
     assert torch.equal(tiny_host.sample(windowed(hosts), frames), tiny_host.sample(windowed(pair.video()), frames))
 
 
+@pytest.mark.parametrize("whose", ["ours", "the host's"])
 @pytest.mark.parametrize("kind", ["motion", "ST-Attention"])
-def test_windows_over_several_clips_are_refused(kind: str, pair: Pair) -> None:
+def test_windows_over_several_clips_are_refused(kind: str, whose: str, pair: Pair, run_node: Callable) -> None:
+    cut = windowed if whose == "ours" else partial(context_windows, run_node=run_node)
     video = inflate(pair.plain, pair.module, frames=LENGTH + 1)
     if kind == "ST-Attention":
         video = apply_frame_attention(pair.plain, FrameAttention(frames=LENGTH + 1))
     with pytest.raises(ClipError, match=f"frames is {LENGTH + 1} on Apply Motion Module or ST-Attention, so that "
                                         f"{2 * LENGTH + 2} frames are several clips"):
-        tiny_host.sample(windowed(video), 2 * LENGTH + 2)
-    assert tiny_host.sample(windowed(video), LENGTH + 1).isfinite().all(), "one clip of that length has windows"
+        tiny_host.sample(cut(video), 2 * LENGTH + 2)
+    assert tiny_host.sample(cut(video), LENGTH + 1).isfinite().all(), "one clip of that length has windows"

@@ -10,6 +10,9 @@ import av
 import numpy as np
 import torch
 from latentmotion.media.clip import Clip, clip_of_images, sound_of_samples
+from latentmotion.media.geometry import Frame
+from latentmotion.media.read import read_clip
+from latentmotion.media.timing import Selection
 
 COLOURS = [(191, 191, 191), (191, 191, 0), (0, 191, 191), (0, 191, 0), (191, 0, 191), (191, 0, 0), (0, 0, 191),
            (16, 16, 16)]  # fmt: skip
@@ -70,6 +73,31 @@ def grey_film(
             output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
     return path
+
+
+def sounding_film(path: Path, pictures: str, tone: str, seconds: int, silent: int = 0) -> Path:
+    """A film of 5 pictures a second with a tone of 48 kHz that rises all the time, from `silent` seconds on."""
+    with av.open(str(path), "w") as output:
+        stream, heard = output.add_stream(pictures, rate=5), output.add_stream(tone, rate=48000, layout="mono")
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        grey = np.full((64, 64, 3), 128, np.uint8)
+        for second in range(seconds):
+            for _ in range(5):
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
+            if second >= silent:
+                time = np.arange(second * 48000, (second + 1) * 48000) / 48000
+                wave = (0.5 * np.sin(2 * np.pi * (200 + 5 * time) * time)).astype(np.float32)
+                frame = av.AudioFrame.from_ndarray(wave[None], format="flt", layout="mono")
+                frame.sample_rate, frame.time_base, frame.pts = 48000, Fraction(1, 48000), second * 48000
+                output.mux(heard.encode(frame))
+        for encoder in (stream, heard):
+            output.mux(encoder.encode(None))
+    return path
+
+
+def loaded(path: Path, frame: Frame | None = None, **wanted: object) -> Clip:
+    return read_clip(path, path.name, Selection(**wanted), frame or Frame())
 
 
 def film_of(path: Path, pictures: torch.Tensor, rate: int = 10) -> Path:

@@ -21,7 +21,8 @@ def column(values: FrameValues, frames: int, clips: int = 1) -> list[float]:
 def test_a_number_stays_a_number() -> None:
     assert frame_values(0.75, None).at(range(8), 2) == 0.75
     assert frame_values(0.0, None).is_zero and not frame_values(0.1, None).is_zero
-    assert not frame_values(0.0, [1.0]).is_zero
+    assert frame_values(0.0, [1.0]).is_zero and frame_values(1.0, [0.0, 0.0]).is_zero
+    assert not frame_values(1.0, [0.0, 0.1]).is_zero
 
 
 @given(st.lists(NUMBERS, min_size=1, max_size=12), NUMBERS, st.integers(1, 20), st.integers(1, 3))

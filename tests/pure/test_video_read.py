@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Callable
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
@@ -13,8 +12,9 @@ import films
 import numpy as np
 import pytest
 import torch
+from films import loaded
 from latentmotion.media import read, write
-from latentmotion.media.clip import Clip, collect_pictures, collect_sound, part_of_clip
+from latentmotion.media.clip import collect_pictures
 from latentmotion.media.errors import VideoError
 from latentmotion.media.formats import Format
 from latentmotion.media.geometry import Fit, Frame, fit
@@ -23,10 +23,6 @@ from latentmotion.media.timing import Selection
 from latentmotion.media.write import Writing
 
 EVEN = [100 * i for i in range(30)]  # ten frames a second, in milliseconds
-
-
-def loaded(path: Path, frame: Frame | None = None, **wanted: object) -> Clip:
-    return read_clip(path, path.name, Selection(**wanted), frame or Frame())
 
 
 @pytest.fixture(scope="module")
@@ -77,56 +73,6 @@ def test_without_usable_time_stamps_the_order_counts(ending: str, tmp_path: Path
     path = films.grey_film(tmp_path / f"film.{ending}", [*range(36)], Fraction(1, 25), options=options)
     assert films.numbers_of(collect_pictures(loaded(path))) == [*range(36)]
     assert films.numbers_of(collect_pictures(loaded(path, skip=20, cap=5))) == [*range(20, 25)]
-
-
-def film_with_sound(path: Path, spoil: Callable[[int, av.Packet], av.Packet], then_mono: bool = False) -> Path:
-    """Two seconds of pictures and a tone in stereo whose packets go through `spoil`; its second half may be mono."""
-    with av.open(str(path), "w") as output:
-        pictures, tone = output.add_stream("libx264", rate=10), output.add_stream("mp2", rate=48000, layout="stereo")
-        pictures.width = pictures.height = 64
-        pictures.pix_fmt = "yuv420p"
-        for number in range(20):
-            grey = np.full((64, 64, 3), 20 + 6 * number, np.uint8)
-            output.mux(pictures.encode(av.VideoFrame.from_ndarray(grey, format="rgb24")))
-        output.mux(pictures.encode(None))
-        mono = av.CodecContext.create("mp2", "w")
-        mono.sample_rate, mono.layout, mono.format, mono.bit_rate = 48000, "mono", "s16", 64000
-        wave, number = (np.sin(np.arange(96000) * 0.05) * 9000).astype("int16"), 0
-        for start in range(0, 96000, 1152):
-            single = then_mono and start >= 48000
-            part = wave[start : start + 1152]
-            samples = part[None] if single else part.repeat(2)[None]
-            frame = av.AudioFrame.from_ndarray(samples, format="s16", layout="mono" if single else "stereo")
-            frame.sample_rate, frame.time_base, frame.pts = 48000, Fraction(1, 48000), start
-            for packet in (mono if single else tone).encode(frame):
-                packet.stream = tone
-                output.mux(spoil(number, packet))
-                number += 1
-    return path
-
-
-def noise_in_the_middle(number: int, packet: av.Packet) -> av.Packet:
-    if not 30 <= number < 40:
-        return packet
-    made = av.Packet(np.random.default_rng(number).bytes(packet.size))
-    made.pts, made.dts, made.time_base, made.stream = packet.pts, packet.dts, packet.time_base, packet.stream
-    return made
-
-
-def test_damaged_sound_is_silent_and_stays_in_time(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    clip = loaded(film_with_sound(tmp_path / "damaged.mkv", noise_in_the_middle))
-    assert films.numbers_of(collect_pictures(clip)) == [*range(20)]
-    samples = collect_sound(clip.sound)
-    assert samples.shape[0] == 2 and abs(samples.shape[1] - 96000) < 4000
-    loud = samples[0, : 80 * 1152].view(80, 1152).abs().amax(1) > 0.1
-    assert loud[3:28].all() and not loud[32:38].any() and loud[44:78].all()
-    assert [entry.message for entry in caplog.records if "sound is damaged at 0.7" in entry.message] == caplog.messages
-
-
-def test_sound_that_becomes_mono_goes_on(tmp_path: Path) -> None:
-    samples = collect_sound(loaded(film_with_sound(tmp_path / "broadcast.mkv", lambda _, packet: packet, True)).sound)
-    assert samples.shape[0] == 2 and samples.shape[1] > 90000
-    assert samples[:, 60000:80000].abs().amax(1).min() > 0.1 and samples[:, 10000:40000].abs().amax(1).min() > 0.1
 
 
 def test_variable_frame_rate(tmp_path: Path) -> None:
@@ -183,19 +129,6 @@ def test_small_files_without_a_tag_are_bt601_and_large_ones_bt709(tmp_path: Path
             output.mux(stream.encode(None))
         found = collect_pictures(loaded(path))[0].mean((0, 1))
         assert (found - red[0, 0, 0]).abs().max() < 0.02, height
-
-
-def test_sound_starts_where_the_pictures_do(tmp_path: Path) -> None:
-    """A click in the middle of the file stays with its frame when frames are skipped or the clip is cut."""
-    pictures = films.clip(frames=40, rate=Fraction(20))
-    samples = torch.zeros(1, 88200)
-    samples[:, 44100:44500] = 0.9
-    whole = Clip(40, 48, 192, Fraction(20), pictures.chunks, films.sound_of_samples(samples, 44100))
-    write.write(whole, tmp_path / "click.mp4", Format.MP4, Writing(80))
-    for clip in (loaded(tmp_path / "click.mp4", skip=15, cap=10), part_of_clip(loaded(tmp_path / "click.mp4"), 15, 10)):
-        found = collect_sound(clip.sound)
-        assert abs(found.shape[1] - 22050) <= 1
-        assert abs(int((found.abs() > 0.4).nonzero()[0, 1]) - 11025) < 300
 
 
 def test_a_file_in_memory(ten_fps: Path) -> None:
