@@ -47,8 +47,9 @@ RECIPE = {
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
     "high_noise_weight": 200.0,
 }  # fmt: skip
-OWN = {"roll": {"steps": 600, "batch_size": 4, "accumulate": 1, "high_noise_weight": 600.0}}
-"""What a motion needs besides: a roll moves every place another way."""
+FOUR_AT_ONCE = {"steps": 600, "batch_size": 4, "accumulate": 1}
+OWN = {"zoom_in": FOUR_AT_ONCE, "roll": FOUR_AT_ONCE | {"high_noise_weight": 600.0}}
+"""What a motion needs besides: a zoom and a roll move every place another way."""
 RESUMED = {"steps": 12, "save_every": 100}
 BOTH = ("zoom_in", "pan_left")
 

@@ -214,6 +214,8 @@ class FrameBlock(nn.Module):
                     q, k, v, extra["n_heads"], transformer_options=extra, attn_precision=extra["attn_precision"]
                 )
 
+            if k.shape[0] != q.shape[0]:  # HyperTile cuts queries into tiles, and keys into as many parts
+                k, v = (x.reshape(q.shape[0], -1, x.shape[-1]) for x in (k, v))
             return attend(self.reach, self.frames, images, q, k, v, attention)
 
         replaced = options.get("patches_replace", {})

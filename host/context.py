@@ -15,10 +15,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ..motion_modules.errors import ClipError
 from ..sampling.fuse import FuseMethod, Fusion
 from ..sampling.noise import NoiseKind, arrange_noise
 from ..sampling.windows import Window, WindowPlan
 from .bounds import BareBounds
+from .caches import fresh_cache, works_in_windows
 from .conditioning import ControlSlices, cut_conds, has_foreign_control
 from .memory import run_of, with_less
 from .preview import Page, show_previews, watching_page
@@ -26,6 +28,7 @@ from .preview import Page, show_previews, watching_page
 KEY = "latentmotion_context"
 RUN = "latentmotion_context_run"
 HOSTS_OWN = "ContextWindows"  # how the keys begin of what the host's own context nodes put on a MODEL
+SAG = "nodes_sag"  # part of the name that the host gives the module of that node
 TICKS = 100  # of the progress bar, per sampling step
 
 
@@ -67,13 +70,20 @@ class ContextWindow:
 
 @dataclass
 class ContextRun:
-    """What lasts for one sampling run: ControlNets cut to windows, and the progress told so far."""
+    """What lasts for one sampling run: ControlNets cut to windows, caches of windows, and the progress told so far."""
 
     bar: Any = None
     page: Page | None = None
     steps: int = 1
     told: int = 0
     controls: ControlSlices = field(default_factory=ControlSlices)
+    caches: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
+
+    def cache_of(self, frames: tuple[int, ...], transformer_options: dict) -> dict[str, Any]:
+        """What of the host's EasyCache belongs to the call on these frames."""
+        if works_in_windows(transformer_options) and frames not in self.caches:
+            self.caches[frames] = fresh_cache(transformer_options)
+        return self.caches.get(frames, {})
 
     def tell(self, step: int, done: int, windows: int, memory: str) -> None:
         """Show a window of a step as progress, in words too; samplers that go back never move the bar back.
@@ -164,7 +174,8 @@ class Evaluation:
         parts = [cut_conds(cond, self.x, window, self.run.controls, self.model) for cond in self.conds]
         single = self.timestep.shape[0] == 1 or self.axis
         times = self.timestep if single else window.get_tensor(self.timestep)
-        options = {**self.model_options.get("transformer_options", {}), "context_window": window}
+        told = self.model_options.get("transformer_options", {})
+        options = {**told, **self.run.cache_of(tuple(frames), told), "context_window": window}
         x = window.get_tensor(self.x)
         inner = {**self.model_options, "transformer_options": options}
         return group, self.calc_cond_batch(self.model, parts, x, times.expand(x.shape[0]), inner)
@@ -194,6 +205,14 @@ def apply_context(model: ModelPatcher, context: SlidingContext) -> ModelPatcher:
     return model
 
 
+def check_guidance(model_options: dict) -> None:
+    """Raise ClipError where a node looks into one call of the model for the whole clip, and would see one window."""
+    guides = model_options.get("sampler_post_cfg_function", ())
+    if any(SAG in str(getattr(guide, "__module__", "")) for guide in guides):
+        raise ClipError("Self-Attention Guidance looks at one call of the model and cannot follow the windows of "
+                        "Sliding Context. Take it off, or use Perturbed-Attention Guidance.")  # fmt: skip
+
+
 def start_run(
     executor: Any,
     noise: Tensor,
@@ -212,6 +231,7 @@ def start_run(
     axis = frame_axis(noise)
     if not isinstance(context, SlidingContext) or noise.shape[axis] <= context.plan.length:
         return executor(noise, latent_image, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, **kwargs)
+    check_guidance(guider.model_options)
     noise = arrange_noise(noise, context.noise, context.plan.length, context.plan.shared, axis, seed or 0)
     before = guider.model_options
     steps = max(1, len(sigmas) - 1)

@@ -27,6 +27,7 @@ from ..motion_modules.errors import ClipError, ModelMismatchError
 from ..sampling.inversion import Trajectory
 from ..sampling.reuse import Reuse, States, sample_clip
 from .bounds import BareBounds
+from .caches import fresh_cache
 from .conditioning import ControlSlices, cut_conds
 from .context import ContextWindow
 from .memory import MemoryRun, run_of
@@ -274,7 +275,8 @@ def conds_of_clip(guider: Any, x: Tensor, window: ContextWindow) -> Iterator[Non
 def args_of_clip(extra_args: dict, window: ContextWindow, number: int) -> dict:
     """The sampler's arguments for one clip: its frames, as neighbours read them, and a seed of its own."""
     options, seed = extra_args["model_options"], extra_args.get("seed")
-    inner = {**options.get("transformer_options", {}), "context_window": window}
+    told = options.get("transformer_options", {})
+    inner = {**told, **fresh_cache(told), "context_window": window}
     return {**extra_args, "model_options": {**options, "transformer_options": inner},
             "seed": None if seed is None else seed + number}  # fmt: skip
 

@@ -43,7 +43,7 @@ def windows(model: ModelPatcher, length: int) -> ModelPatcher:
 
 CLIPS: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "one frame": ({}, 1, 0, "the latent holds one frame only. Set batch_size of the Empty Latent Image node"),
-    "too many": ({}, 9, 0, "tiny-0 knows 8 frame positions, and this clip has 9 frames. .*Context Windows.*'stretch'"),
+    "too many": ({}, 9, 0, "tiny-0 knows 8 frame positions, and this clip has 9 frames. .*Sliding Context.*'stretch'"),
     "too many in a video": ({"frames": 9}, 18, 0, "8 frame positions, and this clip has 9 frames"),
     "too many in a window": ({}, 20, 10, "8 frame positions, and this window has 10 frames"),
     "not divided": ({"frames": 4}, 6, 0, "The batch holds 6 images, which 4 frames per clip do not divide. Set frames"),
