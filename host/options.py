@@ -37,6 +37,8 @@ STRETCH = "stretch"
 POSITIONS = [AS_TRAINED, STRETCH]
 AS_EVOLVED = "as AnimateDiff-Evolved"
 GROUP_NORMS = [AS_TRAINED, AS_EVOLVED]
+HOSTS_OWN, PYTORCH = "ComfyUI's own", "PyTorch's"
+ATTENTIONS = [HOSTS_OWN, PYTORCH]
 WINDOW_SCHEDULES = [schedule.value for schedule in WindowSchedule]
 FUSE_METHODS = [method.value for method in FuseMethod]
 NOISE_KINDS = [kind.value for kind in NoiseKind]
@@ -85,6 +87,7 @@ def settings(
     group_norm: str,
     strength_per_frame: Any = None,
     motion_scale_per_frame: Any = None,
+    image_attention: str = HOSTS_OWN,
 ) -> MotionSettings:
     """Translate the widgets of Apply Motion Module. Raises ValueError for values that cannot be read.
 
@@ -96,6 +99,7 @@ def settings(
         ("noise_schedule", noise_schedule, SCHEDULES),
         ("positions", positions, POSITIONS),
         ("group_norm", group_norm, GROUP_NORMS),
+        ("image_attention", image_attention, ATTENTIONS),
     ):
         check_choice(name, choice, known)
     return MotionSettings(
@@ -107,6 +111,7 @@ def settings(
         stretch=positions == STRETCH,
         as_evolved=group_norm == AS_EVOLVED,
         schedule=_schedule(module, noise_schedule),
+        torch_attention=image_attention == PYTORCH,
     )
 
 

@@ -101,6 +101,7 @@ class ApplyMotionModule(io.ComfyNode):
                 *_amount_inputs(),
                 *_clip_inputs(),
                 *_per_frame_inputs(),
+                _attention_input(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="Samples whole clips. Goes to any sampler.")],
         )
@@ -203,6 +204,17 @@ def _per_frame_inputs() -> list[io.Input]:
             "as '0: 0.2, 15: 1'.",
         ),
     ]
+
+
+def _attention_input() -> io.Input:
+    return io.Combo.Input(
+        "image_attention",
+        options=options.ATTENTIONS,
+        default=options.HOSTS_OWN,
+        optional=True,
+        tooltip="What computes the attention of the image model. PyTorch's is faster where ComfyUI takes another by "
+        "itself, on CPUs and Macs; clips then differ by rounding. One that another node has set stays.",
+    )
 
 
 NODES: list[type[io.ComfyNode]] = [LoadMotionModule, LoadMotionLora, ApplyMotionModule]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import comfy.ldm.modules.attention as host_attention
 import comfy.model_management
 import comfy.model_sampling
 import comfy.sample
@@ -301,6 +302,46 @@ def test_the_same_module_twice_is_refused(image: ModelPatcher, module: MotionMod
     with pytest.raises(ModelMismatchError, match="already applied.*put all MotionLoRAs on one motion module"):
         apply(run_node, video, helpers_motion.motion_lora(module))
     apply(run_node, image, module)
+
+
+# --- the image model's attention ---------------------------------------------------------------------------------
+
+@pytest.fixture
+def asked_of_torch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every attention that the host's own function for PyTorch's kernel computes."""
+    asked, original = [], host_attention.attention_pytorch
+
+    def counting(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append(1)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(host_attention, "attention_pytorch", counting)
+    return asked
+
+
+def test_image_attention_may_be_pytorchs(image: ModelPatcher, module: MotionModule, run_node: Run,
+                                         asked_of_torch: list[int]) -> None:
+    """The host of the tests runs on the CPU, where it takes its sub-quadratic attention by itself."""
+    own = draw(apply(run_node, image, module), noise())
+    assert not asked_of_torch
+    video = apply(run_node, image, module, image_attention="PyTorch's")
+    assert error(draw(video, noise()), own) < SAME and asked_of_torch
+    asked_of_torch.clear()
+    draw(image, noise())
+    assert not asked_of_torch
+
+
+def test_an_attention_that_another_node_set_stays(image: ModelPatcher, module: MotionModule, run_node: Run,
+                                                  asked_of_torch: list[int]) -> None:
+    called = []
+
+    def other(function: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        called.append(1)
+        return function(*args, **kwargs)
+
+    image.model_options["transformer_options"]["optimized_attention_override"] = other
+    draw(apply(run_node, image, module, image_attention="PyTorch's"), noise())
+    assert called and not asked_of_torch
 
 
 # --- context windows ---------------------------------------------------------------------------------------------
