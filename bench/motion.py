@@ -13,10 +13,11 @@ import comfy.model_patcher
 import comfy.supported_models
 import comfy.utils
 import torch
+from comfy.ldm.modules import attention as host_attention
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..host.inflate import MotionSettings, apply_motion
+from ..host.inflate import ATTENTION, MotionSettings, apply_motion
 from ..host.motion import MotionModule, manage
 from ..motion_modules.animatediff.checkpoint import MotionFile
 from ..motion_modules.animatediff.network import MotionModel, sinusoid
@@ -31,6 +32,7 @@ SD15 = {
     "adm_in_channels": None, "use_temporal_attention": False, "use_temporal_resblock": False,
 }
 WIDTHS = (320, 640, 1280, 1280)
+ATTENTIONS = ("pytorch", "sub_quad")
 
 
 def sd15_spec() -> MotionSpec:
@@ -69,9 +71,15 @@ def motion_module(dtype: torch.dtype) -> MotionModule:
     return manage(MotionFile(sd15_spec(), network.state_dict()), "seeded v2")
 
 
-def denoise_call(model: comfy.model_patcher.ModelPatcher, x: Tensor, context: Tensor) -> Callable[[], Tensor]:
-    """One call of the host's model on all frames, with everything a sampler would pass along."""
+def denoise_call(model: comfy.model_patcher.ModelPatcher, x: Tensor, context: Tensor, attention: str = "pytorch"
+                 ) -> Callable[[], Tensor]:  # fmt: skip
+    """One call of the host's model on all frames, with everything a sampler would pass along.
+
+    attention: name of the host's function for the image model's attention.
+    """
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers, "cond_or_uncond": [0]}
+    chosen = getattr(host_attention, f"attention_{attention}")
+    options[ATTENTION] = lambda function, *args, **kwargs: chosen(*args, **kwargs)
     sigma = torch.full((x.shape[0],), 5.0, device=x.device)
     return lambda: model.model.apply_model(x, sigma, c_crossattn=context, transformer_options=dict(options))
 
@@ -99,7 +107,8 @@ def diffusers_call(model: comfy.model_patcher.ModelPatcher, module: MotionModule
     return lambda: unet(clip, time, context).sample
 
 
-def measure(size: int, frames: int, rounds: int, dtype: torch.dtype, against_diffusers: bool) -> dict[str, float]:
+def measure(size: int, frames: int, rounds: int, dtype: torch.dtype, attention: dict[str, str],
+            against_diffusers: bool) -> dict[str, float]:  # fmt: skip
     plain = image_model(dtype)
     module = motion_module(dtype)
     video = apply_motion(plain, module, MotionSettings())
@@ -108,16 +117,17 @@ def measure(size: int, frames: int, rounds: int, dtype: torch.dtype, against_dif
     x = torch.randn(frames, 4, size // 8, size // 8, generator=torch.Generator().manual_seed(2)).to(device)
     context = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(3)).to(device, dtype)
     context = context.expand(frames, -1, -1).contiguous()
-    calls = {"plain": denoise_call(plain, x, context), "motion": denoise_call(video, x, context)}
+    models = {"plain": plain, "motion": video}
+    calls = {name: denoise_call(model, x, context, attention[name]) for name, model in models.items()}
     if against_diffusers:
         calls["diffusers"] = diffusers_call(plain, module, x.to(dtype), context)
     flops = {}
-    for name in ("plain", "motion"):
+    for name, model in models.items():
         with FlopCounterMode(display=False) as counter:
-            calls[name]()
+            denoise_call(model, x, context, attention["plain"])()
         flops[name] = counter.get_total_flops()
     figures = {"motion.flops_ratio": (flops["motion"] - flops["plain"]) / flops["plain"]}
-    peaks = {name: peak_bytes(calls[name]) for name in ("plain", "motion")}
+    peaks = {name: peak_bytes(calls[name]) for name in models}
     figures["motion.peak_vs_unet"] = peaks["motion"] / peaks["plain"]
     figures["motion.peak_mib"] = peaks["motion"] / 2**20
     gc.collect()
@@ -140,10 +150,15 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     parser.add_argument("--without-diffusers", action="store_true")
+    parser.add_argument("--attention", nargs=2, choices=ATTENTIONS, default=("pytorch", "pytorch"),
+                        help="of the image model without the module, and with it: a CPU host takes sub_quad by itself, "
+                        "and pytorch where image_attention of Apply Motion Module says so")  # fmt: skip
     parser.add_argument("--json", help="write the figures to this file")
     args: Any = parser.parse_args(argv)
     print(f"{args.size}x{args.size}x{args.frames} {args.dtype} on {device_name()}, {args.rounds} rounds in turn")
     with torch.inference_mode():
-        figures = measure(args.size, args.frames, args.rounds, getattr(torch, args.dtype), not args.without_diffusers)
+        attention = dict(zip(("plain", "motion"), args.attention, strict=True))
+        figures = measure(args.size, args.frames, args.rounds, getattr(torch, args.dtype), attention,
+                          not args.without_diffusers)  # fmt: skip
     report(figures, args.json)
     return 0

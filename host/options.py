@@ -49,6 +49,9 @@ GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
 CONVOLUTION_LAYOUT = "temporal convolution (ablation)"
+ALL_ALIKE, HALF_NOISIEST = "all alike", "half from the noisiest"
+LEVELS = {ALL_ALIKE: ((0.0, 1.0),), HALF_NOISIEST: ((0.0, 1.0), (0.85, 1.0))}
+NOISE_LEVELS = [*LEVELS]
 LAYOUTS = [V3_LAYOUT, V2_LAYOUT, CONVOLUTION_LAYOUT]
 MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
 
@@ -190,14 +193,16 @@ def lora_training(
     clip_length: int,
     high_noise_weight: float = 1.0,
     layers: str = "",
+    noise_levels: str = ALL_ALIKE,
     **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
     from .train import LoraTraining
 
+    check_choice("noise_levels", noise_levels, NOISE_LEVELS)
     trains = tuple(layers.replace(",", " ").split()) or (".to_",)
     recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, trains=trains,
-                          **_batches(run))  # fmt: skip
+                          levels=LEVELS[noise_levels], **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
@@ -223,6 +228,7 @@ def module_training(
     stride: int,
     clip_length: int,
     high_noise_weight: float = 1.0,
+    noise_levels: str = ALL_ALIKE,
     **run: Any,
 ) -> ModuleTraining:
     """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
@@ -232,8 +238,10 @@ def module_training(
     from .train_stages import ModuleTraining
 
     check_choice("layout", layout, LAYOUTS)
+    check_choice("noise_levels", noise_levels, NOISE_LEVELS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
-                    beta2=0.999, ceiling=high_noise_weight, trains=("motion_modules.",), **_batches(run))  # fmt: skip
+                    beta2=0.999, ceiling=high_noise_weight, levels=LEVELS[noise_levels],
+                    trains=("motion_modules.",), **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     how = _running(**run) | {"save_every_s": MODULE_STATE_S}

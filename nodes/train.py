@@ -49,6 +49,7 @@ class TrainMotionLora(io.ComfyNode):
                     tooltip="Layers to change: parts of their names, such as to_q or up_blocks. Empty: all of them, as "
                     "published.",
                 ),
+                _levels_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(
@@ -146,6 +147,7 @@ class TrainMotionModule(io.ComfyNode):
                     tooltip="A motion module to start from; it stays as it is. Unconnected: a new one.",
                 ),
                 _noise_input(),
+                _levels_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(display_name="motion_module", tooltip="The motion module that was trained."),
@@ -256,6 +258,17 @@ def _noise_input() -> io.Input:
         optional=True,
         tooltip="How many times more the noisiest levels may count, at which it is decided where things are. 1: all "
         "alike, as published.",
+    )
+
+
+def _levels_input() -> io.Input:
+    return io.Combo.Input(
+        "noise_levels",
+        options=options.NOISE_LEVELS,
+        default=options.ALL_ALIKE,
+        optional=True,
+        tooltip="At which noise levels is learned. 'half from the noisiest' takes every other one from the noisiest "
+        "seventh, where it is decided which way things go. 'all alike' as published.",
     )
 
 

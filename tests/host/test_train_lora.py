@@ -211,9 +211,13 @@ def test_noisy_levels_count_more_where_they_are_asked_to(model, ceiling: float):
     assert max(float(sigma[0]) for sigma in seen) > 3, "one of the levels is a noisy one"
 
 
-def test_the_widget_reaches_the_recipe(folder):
-    assert options.lora_training(**WIDGETS, high_noise_weight=40.0).recipe.ceiling == 40.0
-    assert options.lora_training(**WIDGETS).recipe.ceiling == 1.0
+def test_the_widgets_reach_the_recipe(folder):
+    asked = options.lora_training(**WIDGETS, high_noise_weight=40.0, noise_levels="half from the noisiest").recipe
+    assert asked.ceiling == 40.0 and asked.levels == ((0.0, 1.0), (0.85, 1.0))
+    plain = options.lora_training(**WIDGETS).recipe
+    assert plain.ceiling == 1.0 and plain.levels == ((0.0, 1.0),)
+    with pytest.raises(ValueError, match="noise_levels is 'most', which is none"):
+        options.lora_training(**WIDGETS, noise_levels="most")
 
 
 def test_clips_are_drawn_on_the_way_and_change_nothing(model, folder, monkeypatch):
