@@ -33,9 +33,9 @@ class Bounds:
         """OUTER_SAMPLE: keep what this run learns about memory while it lasts."""
         guider = executor.class_obj
         before = guider.model_options
-        if self.motions:
+        for motion in self.motions:
             noise = args[0] if args else kwargs["noise"]
-            check_one_clip(before, noise.shape[0], self.motions[0].settings.frames)
+            check_one_clip(before, noise.shape[0], motion.settings.frames)
         guider.model_options = _with_run(before, memory.MemoryRun())
         try:
             return executor(*args, **kwargs)

@@ -50,6 +50,9 @@ def check_frames(frames: int, images: int, motion: Any, windowed: bool, extra: i
     if images == 0:
         raise ClipError("The latent holds no frames. Set batch_size of the Empty Latent Image node to the number of "
                         "frames, 16 for instance.")
+    if frames < 0:
+        raise ClipError(f"frames is {frames} on Apply Motion Module. Set it to the number of frames of a clip, or to 0 "
+                        "for the whole batch.")
     if images % frames:
         raise ClipError(f"The batch holds {images} images, which {frames} frames per clip do not divide. Set frames on "
                         f"Apply Motion Module to 0 for one clip of {images} frames, or change the batch.")
@@ -59,9 +62,11 @@ def check_frames(frames: int, images: int, motion: Any, windowed: bool, extra: i
                  f"frames is 1 on Apply Motion Module. Set it to 0 for one clip of {images} frames")  # fmt: skip
         raise ClipError(f"This MODEL makes video, and {wrong}.")
     if frames - extra > spec.positions and not motion.settings.stretch:
+        several = frames != images
+        cure = "" if several else f"put Sliding Context on the MODEL with a length of at most {spec.positions}, "
         raise ClipError(f"{name} knows {spec.positions} frame positions, and this {'window' if windowed else 'clip'} "
-                        f"has {frames - extra} frames. Make it shorter, put Sliding Context on the MODEL with a "
-                        f"length of at most {spec.positions}, or set positions on Apply Motion Module to 'stretch'.")
+                        f"has {frames - extra} frames. Make it shorter, {cure}or set positions on Apply Motion Module "
+                        "to 'stretch'.")
 
 
 @dataclass(frozen=True, eq=False)

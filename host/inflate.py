@@ -35,7 +35,7 @@ class MotionSettings:
 
     frames: images per clip, 0 for the whole batch. start, end: share of the sampling run, 0 to 1.
     stretch: spread a longer clip over the positions the module was trained on.
-    as_evolved: take the GroupNorm statistics that AnimateDiff-Evolved takes, for v1 and SDXL beta.
+    as_evolved: take the GroupNorm statistics that AnimateDiff-Evolved takes, for v1, SDXL beta and HotshotXL.
     schedule: noise schedule to set, None to keep the image model's own.
     torch_attention: compute the image model's attention with PyTorch's kernel, whatever the host takes by itself.
     """

@@ -34,8 +34,10 @@ class MotionModule:
 
     def describe(self) -> str:
         spec, variant = self.spec, self.spec.variant
+        schedule = "the image model's own noise schedule" if variant.schedule is None else (
+            f"the noise schedule '{variant.schedule.value}'")  # fmt: skip
         return (f"{self.name}: {variant.name} for {spec.family}, {len(spec.slots)} modules, {spec.positions} frames, "
-                f"trained with the noise schedule '{variant.schedule.value}'")
+                f"trained with {schedule}")
 
 
 def load_motion_module(name: str) -> MotionModule:

@@ -180,8 +180,8 @@ def _clip_inputs() -> list[io.Input]:
             "group_norm",
             options=options.GROUP_NORMS,
             default=options.AS_TRAINED,
-            tooltip="For AnimateDiff v1 and SDXL beta: 'as AnimateDiff-Evolved' repeats the images of that pack, which "
-            "differ from the authors'. No effect on other modules.",
+            tooltip="For AnimateDiff v1, SDXL beta and HotshotXL: 'as AnimateDiff-Evolved' repeats the images of that "
+            "pack, which differ from the authors'. No effect on other modules.",
         ),
     ]
 

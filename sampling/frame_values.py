@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -44,8 +46,10 @@ class FrameValues:
 def frame_values(number: float, per_frame: Tensor | Sequence[float] | float | None) -> FrameValues:
     """Build from a number and what a socket may bring: nothing, a number, a list of numbers, or masks (F, H, W).
 
-    Raises ValueError for an empty list or a mask of another rank.
+    Raises ValueError for an empty list, a mask of another rank, and what is no ordinary number.
     """
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is no strength or scale; it must be an ordinary number")
     if per_frame is None:
         return FrameValues(float(number))
     if isinstance(per_frame, Tensor):
@@ -56,9 +60,12 @@ def frame_values(number: float, per_frame: Tensor | Sequence[float] | float | No
             )
         maps = maps[:, None].float().clone()
     else:
-        values = [float(v) for v in per_frame] if isinstance(per_frame, Sequence) else [float(per_frame)]
+        values = list(per_frame) if isinstance(per_frame, Sequence) else [per_frame]
         if not values:
             raise ValueError("per-frame values are an empty list; give at least one number")
+        strange = [value for value in values if not isinstance(value, Real)]
+        if strange:
+            raise ValueError(f"per-frame values hold {strange[0]!r}, where every one must be a number")
         maps = torch.tensor(values)[:, None, None, None]
     if not torch.isfinite(maps).all():
         raise ValueError("per-frame values hold NaN or infinite numbers; every one must be an ordinary number")

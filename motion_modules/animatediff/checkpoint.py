@@ -42,9 +42,9 @@ DIFFUSERS_NAMES = (
     ("norm3.", "ff_norm."),
     ("pos_embed.", "attention_blocks.0.pos_encoder."),
 )
-WRAPPERS = ("state_dict", "controlnet", "module", "model", "unet", "motion_module")
+WRAPPERS = ("state_dict", "model_state_dict", "ema", "controlnet", "module", "model", "unet", "motion_module")
 WRAPPING_DEPTH = 4
-PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|unet|motion_module|base_model\.model)\.)+")
+PREFIXES = re.compile(r"^(?:(?:module|_orig_mod|controlnet|unet|motion_module|base_model\.model)\.)+")
 
 
 @dataclass(frozen=True)

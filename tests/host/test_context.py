@@ -333,10 +333,13 @@ def test_the_hosts_own_windows_are_replaced(frames: int, pair: Pair, run_node: C
 
 
 @pytest.mark.parametrize("whose", ["ours", "the host's"])
-@pytest.mark.parametrize("kind", ["motion", "ST-Attention"])
+@pytest.mark.parametrize("kind", ["motion", "a second module", "ST-Attention"])
 def test_windows_over_several_clips_are_refused(kind: str, whose: str, pair: Pair, run_node: Callable) -> None:
     cut = windowed if whose == "ours" else partial(context_windows, run_node=run_node)
     video = inflate(pair.plain, pair.module, frames=LENGTH + 1)
+    if kind == "a second module":
+        second = motion_module(5)
+        video = inflate(inflate(pair.plain, pair.module), second, frames=LENGTH + 1)
     if kind == "ST-Attention":
         video = apply_frame_attention(pair.plain, FrameAttention(frames=LENGTH + 1))
     with pytest.raises(ClipError, match=f"frames is {LENGTH + 1} on Apply Motion Module or ST-Attention, so that "

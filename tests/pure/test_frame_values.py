@@ -71,6 +71,18 @@ def test_numbers_must_be_finite(bad: object) -> None:
         frame_values(1.0, bad)
 
 
+@pytest.mark.parametrize("bad", [[[1.0], [0.0]], ["a"], [None, 1.0]])
+def test_lists_hold_numbers(bad: list) -> None:
+    with pytest.raises(ValueError, match="per-frame values hold .* where every one must be a number"):
+        frame_values(1.0, bad)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_number_must_be_finite(bad: float) -> None:
+    with pytest.raises(ValueError, match=f"{bad} is no strength or scale"):
+        frame_values(bad, None)
+
+
 @pytest.mark.parametrize(("text", "values"), [
     ("0.2, 0.5, 1", [0.2, 0.5, 1.0]),
     ("1", [1.0]),

@@ -195,6 +195,7 @@ REFUSED: dict[str, tuple[Callable[[], Mapping[str, Any]], str]] = {
                                      {"FancyVideo": True}, "is a FancyVideo module"),
     "SparseCtrl": (sparsectrl, "is a SparseCtrl encoder"),
     "SparseCtrl nested": (lambda: {"controlnet": prefixed(sparsectrl(), "module.")}, "is a SparseCtrl encoder"),
+    "SparseCtrl prefixed": (lambda: prefixed(sparsectrl(), "controlnet."), "is a SparseCtrl encoder"),
     "SparseCtrl scribble": (lambda: renamed(sparsectrl(), ("embedding.weight", "embedding.conv_in.weight")),
                             "is a SparseCtrl encoder"),
     "MotionLoRA": (motion_lora, "is a MotionLoRA.*Load MotionLoRA"),
