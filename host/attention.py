@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from comfy.ldm.modules import attention as host_attention
@@ -25,6 +25,7 @@ from .preview import show_previews
 from .unet import inflated, joint_norms
 
 KEY = "latentmotion_attention"
+TUNED = "latentmotion_tuned"  # host/tuned.py attaches its frames under it
 JOINT = JointNorms(resnet=True, out=True)
 """The norms that Tune-A-Video takes over a clip (reference sheet, section 1)."""
 NO_FRAMES = (
@@ -98,12 +99,14 @@ class FrameAttention:
 
 
 def apply_frame_attention(model: ModelPatcher, attention: FrameAttention) -> ModelPatcher:
-    """Return a clone of MODEL with this attention; one that was set before is replaced.
+    """Return a clone of MODEL with this attention; one that was set before is replaced, but 0 frames are those of a
+    tuned network on it.
 
     Raises ModelMismatchError for models that are not image models of the Stable Diffusion kind.
     """
     check_image_unet(model.get_model_object("diffusion_model"), "ST-Attention")
     model = model.clone()
+    attention = replace(attention, frames=attention.frames or (model.get_attachment(TUNED) or {"frames": 0})["frames"])
     extent = Extent(JOINT if attention.joint_norm else JointNorms(), settings=_Frames(attention.frames))
     install(model, KEY, attention, extent)
     if not model.get_wrappers(WrappersMP.APPLY_MODEL, MOTION):

@@ -25,11 +25,11 @@ from ..motion_modules.files import read_metadata, read_weights
 from ..motion_modules.tune_a_video.checkpoint import QUERIES, Base, TunedFile, identify, read_tuned
 from ..motion_modules.tune_a_video.network import Slots, TemporalLayer, TunedModel
 from . import memory, paths
+from .attention import TUNED as KEY
 from .attention import Extent, FrameAttention, apply_frame_attention, check_image_unet, clip_frames, install, stand_ins
 from .motion import FLOAT8
 from .unet import family
 
-KEY = "latentmotion_tuned"
 UNET = "diffusion_model."
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ def apply_tuned(model: ModelPatcher, file: TunedFile, strength: float = 1.0, fra
     heads = tuple(unet.get_submodule(places[slot]).n_heads for slot, _ in file.slots)
     patcher = manage(file.slots, heads, file.temporal)
     model = apply_frame_attention(model, FrameAttention(frames=frames))
+    model.set_attachments(KEY, {"frames": frames})
     model.add_patches({UNET + names[key]: ("diff", (change,)) for key, change in changes.items()}, strength)
     if strength:
         install(model, KEY, TemporalAttention(patcher, places, strength), Extent())

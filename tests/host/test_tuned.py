@@ -191,6 +191,19 @@ def test_batches_clips_and_windows(pair: Pair) -> None:
     assert torch.isfinite(long).all() and torch.equal(short, tiny_host.sample(tuned, FRAMES, steps=1))
 
 
+def test_st_attention_behind_keeps_the_frames(pair: Pair) -> None:
+    """0 frames of it are not those of the whole batch: that is set on Load Tuned Video Model."""
+    file, x = tuned_file(pair.plain), torch.cat((noise(), noise(seed=8)))
+    tuned = apply_tuned(pair.plain, file, frames=FRAMES)
+    same = frame_attention(keys_from="first and previous", joint_group_norm=True, frames=0)
+    then = apply_frame_attention(tuned, same)
+    assert torch.equal(predicted_noise(then, x, text(then)), predicted_noise(tuned, x, text(tuned)))
+    with pytest.raises(ClipError, match="4 images, which 3 frames"):
+        predicted_noise(then, noise(4), text(then))
+    whole = apply_frame_attention(tuned, frame_attention(keys_from="full", joint_group_norm=True, frames=4))
+    assert torch.isfinite(predicted_noise(whole, x[:4], text(whole))).all(), "a number of its own counts"
+
+
 def test_with_a_motion_module_in_either_order(pair: Pair) -> None:
     file, x, model = tuned_file(pair.plain), noise(), pair.plain
     first = pair.video(base=apply_tuned(model, file))
