@@ -13,11 +13,9 @@ Every verb takes --comfyui PATH (or $COMFYUI_PATH), a ComfyUI to use; without it
 pinned copy that is fetched. Environments and hosts are kept in $LATENTMOTION_CACHE (~/.cache/latentmotion).
 """
 
-from __future__ import annotations
-
 import sys
 
-if sys.version_info < (3, 10):  # noqa: UP036 (somebody may well start this with an older one)
+if sys.version_info < (3, 10):  # noqa: UP036 (somebody may well start this with an older one, which must parse it all)
     sys.exit(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
 
 import argparse
@@ -128,14 +126,13 @@ def serve(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     extra = ["--output-directory", str(ROOT / "output"), *rest]
     host = find_host()
     running = f"`run.py serve` is running already on the folders in {base}. Use that one, or end it first."
-    with (
-        locked(base / "serve.lock", "serve", running),
-        HostServer(host.python(cache), host.path, base, extra, port) as server,
-    ):
-        say(f"Open {server.url} in a browser; Ctrl-C ends it. Models go to {base / 'models'}, its log is {server.log}")
-        code = server.process.wait()
-        say(f"ComfyUI ended by itself (exit code {code}):\n{tail(server.log)}")
-        return code
+    with locked(base / "serve.lock", "serve", running):
+        with HostServer(host.python(cache), host.path, base, extra, port) as server:
+            models = base / "models"
+            say(f"Open {server.url} in a browser; Ctrl-C ends it. Models go to {models}, its log is {server.log}")
+            code = server.process.wait()
+            say(f"ComfyUI ended by itself (exit code {code}):\n{tail(server.log)}")
+            return code
 
 
 def in_pack(find_host: Finder, cache: Path, module: str, arguments: list[str]) -> int:

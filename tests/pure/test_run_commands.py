@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import fcntl
 import json
@@ -134,6 +135,15 @@ def test_without_pip_one_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 def test_the_scripts_start_where_python_leaves_their_folder_out() -> None:
     said = subprocess.run([sys.executable, "-I", run.__file__, "danse"], capture_output=True, text=True, check=False)
     assert said.returncode == 1 and "There is no verb danse" in said.stdout
+
+
+def test_an_old_python_is_told_what_is_needed() -> None:
+    """It reads the whole file before it does the first line, and 3.6 knows no annotations from __future__."""
+    source = Path(run.__file__).read_text(encoding="utf-8")
+    tree = ast.parse(source, feature_version=(3, 7))
+    assert "with (" not in source, "brackets are for 3.9, and 3.13 does not say so"
+    first = [ast.unparse(node).splitlines()[0] for node in tree.body[1:3]]
+    assert first == ["import sys", "if sys.version_info < (3, 10):"]
 
 
 CHILD = """
