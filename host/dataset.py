@@ -166,4 +166,5 @@ def film_camera(clips: Any, captions: str, *, motion: str, source: str, frames: 
     work = CameraWork(Move(motion), frames, amount, stills, clips_each, height, width, seed)
     apart = 1 if stills and isinstance(clips, Tensor) else 0
     made = camera_clips(dataset_of(clips, captions, apart), work)
+    made.check_sizes("on Camera Motion Clips")
     return made, StreamedVideo(end_to_end(made))

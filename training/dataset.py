@@ -62,7 +62,7 @@ class Dataset:
 
         Raises TrainingError where a film is shorter, where nothing is left, or where sizes differ.
         """
-        self._check_sizes()
+        self.check_sizes()
         needed = span_of(frames, stride)
         short = [piece for piece in self.pieces() if piece.frames < needed]
         every = f" with a stride of {stride}" if stride > 1 else ""
@@ -81,14 +81,14 @@ class Dataset:
             )
         return [piece for piece in self.pieces() if piece.frames >= needed]
 
-    def _check_sizes(self) -> None:
+    def check_sizes(self, where: str = "on the node that loads them") -> None:
+        """Raise TrainingError where the films are not of one size. where: they can be given one."""
         first = self.films[0]
         for film in self.films:
             if (film.clip.height, film.clip.width) != (first.clip.height, first.clip.width):
                 raise TrainingError(
                     f"The videos differ in size: {first.name} is {first.clip.width} x {first.clip.height} and "
-                    f"{film.name} {film.clip.width} x {film.clip.height}. Set width and height on the node that loads "
-                    "them."
+                    f"{film.name} {film.clip.width} x {film.clip.height}. Set width and height {where}."
                 )
 
     def table(self) -> str:

@@ -194,6 +194,15 @@ def test_a_camera_over_a_video_takes_its_pictures_or_follows_it(run_node):
         assert len(dataset.films) == 2 and (bool((shades.diff().abs() < 1e-4).all()) is still)
 
 
+def test_a_camera_over_pictures_of_two_sizes_asks_for_one():
+    both = data.collect(torch.rand(1, 48, 32, 3), "y", 0, data.collect(torch.rand(1, 32, 48, 3), "x", 0))
+    with pytest.raises(LatentMotionError, match=r"The clip pan left 1 is 48 x 32 and The clip pan left 1 32 x 48. Set "
+                       "width and height on Camera Motion Clips"):  # fmt: skip
+        data.film_camera(both, "", **CAMERA | {"width": 0, "height": 0})
+    _, video = data.film_camera(both, "", **CAMERA)
+    assert video.get_components().images.shape == (20, 16, 16, 3)
+
+
 def test_a_camera_names_choices_it_does_not_know():
     with pytest.raises(ValueError, match="motion is 'fly', which is none of its choices: zoom in"):
         data.film_camera(pictures(1), "x", **CAMERA | {"motion": "fly"})
