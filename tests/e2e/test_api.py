@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import urllib.parse
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import av
 import numpy as np
 import pytest
 from demo_clips import provide_clip_with_tone
-from host_server import HostServer
+from host_server import HostServer, ask
 from PIL import Image
 
 API_WORKFLOWS = sorted((Path(__file__).resolve().parent.parent.parent / "workflows" / "api").glob("*.json"))
@@ -23,7 +22,7 @@ OF_A_VIDEO = ("continue_a_video", "tune_a_video", "video_to_video")
 def fetch(server: HostServer, file: dict[str, Any]) -> bytes:
     """One output file through /view, as the canvas fetches it."""
     query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
-    with urllib.request.urlopen(f"{server.url}/view?{query}", timeout=30) as answer:
+    with ask(f"{server.url}/view?{query}") as answer:
         return answer.read()
 
 

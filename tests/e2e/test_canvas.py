@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import urllib.request
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pack
 import pytest
 import torch
-from host_server import PACK_NAME, HostServer
+from host_server import PACK_NAME, HostServer, ask
 
 playwright = pytest.importorskip("playwright", reason="playwright is not installed (requirements-dev.txt)")
 from front_end import FrontEnd  # noqa: E402
@@ -140,8 +139,7 @@ def test_workflow_survives_saving(front_end: FrontEnd, path: Path) -> None:
 def test_templates_are_offered(server: HostServer) -> None:
     assert sorted(server.get("/workflow_templates")[PACK_NAME]) == [path.stem for path in CANVAS]
     for path in CANVAS:
-        url = f"{server.url}/api/workflow_templates/{PACK_NAME}/{path.stem}.jpg"
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with ask(f"{server.url}/api/workflow_templates/{PACK_NAME}/{path.stem}.jpg") as answer:
             assert answer.read() == path.with_suffix(".jpg").read_bytes()
 
 
@@ -219,8 +217,7 @@ def test_help_of_every_node_is_shown(front_end: FrontEnd, server: HostServer, te
     front_end.open(DEMO)
     own = sorted(name for name in server.get("/object_info") if name.startswith("LatentMotion"))
     for name in own:
-        url = f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md"
-        with urllib.request.urlopen(url, timeout=30) as answer:
+        with ask(f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md") as answer:
             heading = answer.read().decode().splitlines()[0].removeprefix("# ")
         assert heading == server.get(f"/object_info/{name}")[name]["display_name"]
     front_end.evaluate("""() => app.canvas.selectNode(

@@ -8,13 +8,12 @@ import subprocess
 import sys
 import textwrap
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 from console import SetupError
-from host_server import PACK_NAME, HostServer, free_port
+from host_server import PACK_NAME, HostServer, ask, free_port
 
 SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
 
@@ -64,7 +63,7 @@ def test_nodes_describe_themselves(own_nodes: dict[str, Any]) -> None:
 
 def test_nodes_have_help_pages(server: HostServer, own_nodes: dict[str, Any]) -> None:
     for name in own_nodes:
-        with urllib.request.urlopen(f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md", timeout=30) as page:
+        with ask(f"{server.url}/extensions/{PACK_NAME}/docs/{name}.md") as page:
             assert len(page.read()) > 200, f"the help page of {name} says nothing"
 
 
@@ -122,4 +121,4 @@ def test_serve_ends_with_its_server(host_path: Path, tmp_path: Path, how: signal
     begun = time.monotonic()
     with pytest.raises(OSError):
         while time.monotonic() - begun < 5:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/system_stats", timeout=2).close()
+            ask(f"http://127.0.0.1:{port}/system_stats", timeout=2).close()

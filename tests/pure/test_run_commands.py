@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import errno
 import fcntl
+import http.server
 import json
 import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import environment
@@ -178,6 +180,40 @@ def test_what_was_started_clears_up_first(tmp_path: Path, how: signal.Signals) -
     parent.send_signal(how)
     assert parent.wait(30) in (-signal.SIGINT, 128 + how)
     assert cleared.exists()
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Says what it was asked for."""
+
+    def do_GET(self) -> None:
+        text = json.dumps([self.path, self.rfile.read(int(self.headers.get("Content-Length", 0))).decode()]).encode()
+        self.send_response(200 if self.path == "/known" else 404)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        """Keep the test's output clean."""
+
+
+def test_a_server_of_this_machine_is_not_asked_through_a_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as answering:
+        threading.Thread(target=answering.serve_forever, daemon=True).start()
+        server = host_server.HostServer(Path(sys.executable), tmp_path, tmp_path, port=answering.server_port)
+        assert server.get("/known", 5) == ["/known", ""]
+        assert server.post("/known", {"a": 1}, 5) == (200, ["/known", '{"a": 1}'])
+        assert server.post("/unknown", {}, 5) == (404, ["/unknown", "{}"])
+        with host_server.ask(f"{server.url}/known", 5) as answer:
+            assert json.load(answer) == ["/known", ""]
+        answering.shutdown()
 
 
 def test_a_server_ends_when_its_pipe_is_closed(tmp_path: Path) -> None:

@@ -54,6 +54,10 @@ def write_wheel(folder: Path, name: str, files: dict[str, str]) -> Path:
     return wheel
 
 
+PIPS_OWN = ("pip_", "http_proxy", "https_proxy", "all_proxy")
+"""Variables that would send pip elsewhere, in lower case."""
+
+
 class Index:
     """A package index on this machine that counts downloads and can stall in the middle of one."""
 
@@ -98,8 +102,8 @@ def index(tmp_path: Path) -> Iterator[Index]:
 
 
 def pip_settings(url: str) -> dict[str, str]:
-    """An environment in which pip knows only the index at `url`."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
+    """An environment in which pip knows only the index at `url`, which is on this machine."""
+    kept = {key: value for key, value in os.environ.items() if not key.lower().startswith(PIPS_OWN)}
     own = {"PIP_INDEX_URL": url, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "1"}
     return kept | own | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
