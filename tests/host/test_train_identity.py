@@ -66,6 +66,7 @@ def velocity(model: ModelPatcher) -> ModelPatcher:
 
 OTHERS: dict[str, Callable[[Room], dict[str, Any]]] = {
     "clips": lambda room: {"clips": 0.9 * clip_of_a_moving_edge() + 0.05},
+    "brightness": lambda room: {"clips": 0.98 * clip_of_a_moving_edge()},
     "order of the frames": lambda room: {"clips": clip_of_a_moving_edge().flip(0)},
     "caption": lambda room: {"captions": "a line"},
     "text encoder": lambda room: {"clip": Text(off=0.5)},

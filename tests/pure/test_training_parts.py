@@ -60,6 +60,23 @@ def test_a_likeness_tells_pictures_apart_and_not_how_they_were_rounded():
     assert not alike(numbers(film), numbers(film * float("nan"))) and not alike((), numbers(film))
 
 
+def test_a_likeness_tells_brightness_apart_and_not_how_it_was_rounded():
+    def numbers(rows: torch.Tensor) -> tuple[float, ...]:
+        likeness = Likeness()
+        likeness.add(rows)
+        return likeness.numbers()
+
+    film = torch.rand(20, 40, 30, 3, generator=torch.Generator().manual_seed(0))
+    black, grey = torch.zeros_like(film), torch.full_like(film, 0.9)
+    words = 30 * torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
+    for rows in (film, grey, words):
+        for factor in (0.6, 0.99, 1.01):
+            assert not alike(numbers(rows), numbers(rows * factor)), factor
+        assert alike(numbers(rows), numbers(rows.half()))
+        assert alike(numbers(rows)[-1:], numbers(rows.bfloat16())[-1:]), "not the size, at least"
+    assert alike(numbers(black), numbers(-black)) and not alike(numbers(black), numbers(black + 0.004))
+
+
 def test_levels_cover_the_schedule_evenly():
     levels = stratified(8, 1000, torch.Generator().manual_seed(0))
     assert (levels // 125).tolist() == list(range(8))
