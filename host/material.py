@@ -69,8 +69,10 @@ def material(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: An
              stride: int | None = None) -> Material:  # fmt: skip
     """What a run of `how` (a Training) learns from. stride: another than that of the run.
 
-    Raises ModelMismatchError where VAE or text encoder are none of the MODEL's, TrainingError where clips are short.
+    Raises ModelMismatchError where VAE or text encoder are none, or none of the MODEL's, TrainingError where clips are
+    short.
     """
+    check_readers(clip, vae)
     check_vae(model, vae)
     stride = how.stride if stride is None else stride
     taken = dataset.usable(how.frames, stride)
@@ -80,6 +82,16 @@ def material(model: ModelPatcher, clip: Any, vae: Any, dataset: Dataset, how: An
     stamp = fingerprint(network) if network else ""
     return Material(dataset, contexts, partial(encode_pictures, model, vae), stamp, Shelf(how.latents, stamp),
                     how.frames, stride, drop)  # fmt: skip
+
+
+def check_readers(clip: Any, vae: Any) -> None:
+    """Raise ModelMismatchError where CLIP or VAE are none, as Load Checkpoint gives them of files without."""
+    if clip is None:
+        raise ModelMismatchError("There is no text encoder in this CLIP: the checkpoint it comes from has none. "
+                                 "Connect Load CLIP with the file of one that belongs to the MODEL.")  # fmt: skip
+    if getattr(vae, "first_stage_model", vae) is None:
+        raise ModelMismatchError("There is no network in this VAE: the checkpoint it comes from has none. Connect Load "
+                                 "VAE with the file of one that belongs to the MODEL.")  # fmt: skip
 
 
 def check_vae(model: ModelPatcher, vae: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from helpers_motion import inflate
 from helpers_train import FRAMES, WIDGETS, Pictures, Recorder, Text, small_module
-from latentmotion.host import options, train, train_stages, tuned
+from latentmotion.host import options, train, train_stages, tune, tuned
 from latentmotion.host.attention import FrameAttention, apply_frame_attention
 from latentmotion.motion_modules.errors import LatentMotionError
 from test_train_lora import clip_of_a_moving_edge
 from test_train_stages import ADAPTER, MODULE
+from test_tune import WIDGETS as TUNING
 from test_tuned import tuned_file
 
 pytest_plugins = ["helpers_train_fixtures"]
@@ -126,6 +127,28 @@ def test_readers_of_another_model_are_refused_before_anything_is_read(room: Room
     assert not vae.asked and not text.asked
     with pytest.raises(LatentMotionError, match="gives 48 numbers a token, and this MODEL reads 32"):
         room.learn(vae=Pictures(), clip=text)
+
+
+class NoPictures:
+    """What Load Checkpoint gives as VAE of a file of a UNet alone."""
+
+    first_stage_model = None
+
+
+def test_a_checkpoint_without_readers_is_said(model: ModelPatcher, folder: Path) -> None:
+    def runs(*readers: Any) -> Iterator[Callable]:
+        given = (*readers, clip_of_a_moving_edge(), "an edge")
+        yield lambda: train.train_motion_lora(model, small_module(), *given, options.lora_training(**WIDGETS))
+        yield lambda: train_stages.train_domain_adapter(model, *given, options.adapter_training(**ADAPTER))
+        yield lambda: train_stages.train_motion_module(model, *given, options.module_training(**MODULE))
+        yield lambda: tune.tune_video_model(model, *given, options.tuning(**TUNING))
+
+    for clip, vae, sentence in ((None, Pictures(), "no text encoder in this CLIP: .* Connect Load CLIP"),
+                                (Text(), None, "no network in this VAE: .* Connect Load VAE"),
+                                (Text(), NoPictures(), "no network in this VAE")):  # fmt: skip
+        for run in runs(clip, vae):
+            with pytest.raises(LatentMotionError, match=sentence):
+                run()
 
 
 VIDEO_MODELS: dict[str, Callable[[ModelPatcher], ModelPatcher]] = {
