@@ -108,14 +108,18 @@ class Shelf:
     stamp: str
 
     def latents(self, film: Film, encode: Callable[[Clip], Tensor]) -> Tensor:
-        """From the disk where the film is the same, else encoded. Shapes: -> (frames, c, h, w), float32."""
+        """From the disk where the film is the same and the file whole, else encoded. Shapes: -> (frames, c, h, w),
+        float32."""
         if not film.mark:
             return encoded(film, encode)
         name = hashlib.sha256(repr((film.name, film.mark, self.stamp)).encode()).hexdigest()[:24]
         path = self.folder / f"{name}.latents"  # the host lists files of this ending nowhere
         if path.is_file():
-            with torch.inference_mode(False):
-                return load_weights(path)["latents"]
+            try:
+                with torch.inference_mode(False):
+                    return load_weights(path)["latents"]
+            except (TrainingError, KeyError) as error:
+                log.warning("%s is encoded again: %s", film.name, error)
         made = encoded(film, encode)
         try:
             save_weights(path, {"latents": made}, {}, torch.float32)

@@ -38,6 +38,7 @@ from .inflate import Motion, MotionSettings
 from .material import Material, fingerprint, material
 from .motion import MotionModule, check_teachable, patch_motion_lora
 from .progress import Report, TrainingProgress
+from .resident import resident
 from .samples import Samples
 from .schedule import set_schedule
 from .train_loss import Conditions, loss_scale, noise_loss, precision_of, working_type
@@ -133,7 +134,7 @@ def train_motion_lora(
     check_motion(model, module.spec, module.name, how)
     check_teachable(module)
     learned = material(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
-    model = model.clone()
+    model = resident(model)
     if module.spec.variant.schedule is not None:
         set_schedule(model, module.spec.variant.schedule)
     network = module.patcher.model
@@ -248,10 +249,11 @@ def motion_call(model: ModelPatcher, frames: int, affine: Affine) -> MotionCall:
 def call_options(model: ModelPatcher) -> dict[str, Any]:
     """The options the UNet is called with in a run: those of the MODEL, and an attention that learns quickly.
 
-    What other nodes put around its calls is left out: caches, compilers and the like are for sampling.
+    What other nodes put around and into its calls is left out: caches, compilers, FreeU, merged tokens and the like
+    are for sampling, and some of them cannot be trained through.
     """
     own = model.model_options["transformer_options"]
-    left_out = {"wrappers", "callbacks"}
+    left_out = {"wrappers", "callbacks", "patches", "patches_replace"}
     return {"optimized_attention_override": attention, "cond_or_uncond": [0],
             **{key: value for key, value in own.items() if key not in left_out}}  # fmt: skip
 
@@ -289,12 +291,11 @@ def signed(how: Training, learned: Material, patchers: list[ModelPatcher]) -> Re
 def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or settings") -> bool:
     """Whether the file is there already, or else what the run has to begin with: nothing, or a state of its own.
 
-    about: what the recipe's `about` stands for, in words. Raises TrainingError where something else would be replaced.
+    about: what the recipe's `about` stands for, in words. Raises TrainingError where something else would be replaced,
+    or cannot be read. Starting over it is replaced, and a state that is another's or damaged is deleted.
     """
-    began = read_state_recipe(how.state)
-    other = [] if began is None else recipe.differences(began)
     if not how.go_on:
-        if other:
+        if not _goes_on(how.state, recipe):
             how.state.unlink()
         return False
     if how.path.is_file():
@@ -304,6 +305,8 @@ def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or se
             return True
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
                             "file_name, or set existing to 'start over' to replace it.")  # fmt: skip
+    began = read_state_recipe(how.state)
+    other = [] if began is None else recipe.differences(began)
     if other:
         now = recipe.told()
         said = [f"{name} {_said(began[name])} (now {_said(now.get(name))})" for name in other if name not in IDENTITY]
@@ -312,6 +315,15 @@ def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or se
                             f"{', '.join(said)}. Set them back to go on with it, choose another file_name, or set "
                             "existing to 'start over'.")  # fmt: skip
     return False
+
+
+def _goes_on(state: Path, recipe: Recipe) -> bool:
+    """Whether a run of this recipe can begin with what is there: nothing, or a readable state of its own."""
+    try:
+        began = read_state_recipe(state)
+    except TrainingError:
+        return False
+    return began is None or not recipe.differences(began)
 
 
 def _said(value: Any) -> str:

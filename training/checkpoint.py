@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from ..motion_modules.errors import TrainingError
+from ..motion_modules.files import DAMAGE
+
+ANEW = "Delete it, or set existing to 'start over', to train anew."
+
+
+@contextmanager
+def whole(path: Path, otherwise: str) -> Iterator[None]:
+    """Reading a file: raises TrainingError with what to do otherwise where that cannot be done."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, *DAMAGE) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0]
+        raise TrainingError(f"{path} cannot be read ({why}). It is probably cut short or damaged. {otherwise}"
+                            ) from error  # fmt: skip
 
 
 def save_weights(
@@ -38,17 +55,22 @@ def save_weights(
 
 
 def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, as float32."""
-    return {name: tensor.float() for name, tensor in load_file(path).items()}
+    """The tensors of a file, as float32. Raises TrainingError for a damaged one."""
+    with whole(path, "Delete it and make it again, or take it from where it came from."):
+        return {name: tensor.float() for name, tensor in load_file(path).items()}
 
 
 def read_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe a file was made by, or None if it says nothing or is not there."""
+    """The recipe a file was made by, or None if it says nothing or is not there.
+
+    Raises TrainingError for a damaged one.
+    """
     if not path.is_file():
         return None
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("recipe")
-    return json.loads(text) if text else None
+    with whole(path, ANEW):
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("recipe")
+        return dict(json.loads(text)) if text else None
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -68,10 +90,23 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def read_state_recipe(path: Path) -> dict[str, Any] | None:
-    """The recipe of an interrupted run, or None where there is none. The rest of its state stays on the disk."""
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["recipe"] if path.is_file() else None
+    """The recipe of an interrupted run, or None where there is none. The rest of its state stays on the disk.
+
+    Raises TrainingError for a damaged one.
+    """
+    if not path.is_file():
+        return None
+    with whole(path, ANEW):
+        return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["recipe"])
 
 
 def load_state(path: Path) -> dict[str, Any] | None:
-    """The state of an interrupted run, with its recipe under `recipe`, or None where there is none."""
-    return torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else None
+    """The state of an interrupted run, with its recipe under `recipe`, or None where there is none.
+
+    Raises TrainingError for a damaged one.
+    """
+    if not path.is_file():
+        return None
+    with whole(path, ANEW):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {**state, "recipe": dict(state["recipe"])}

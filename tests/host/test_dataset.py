@@ -154,6 +154,27 @@ def test_latents_that_do_not_fit_on_the_disk_are_not_kept(videos, folder, run_no
         [path.name for path in kept], folder_paths.supported_pt_extensions), "they are no models to choose from"
 
 
+def test_damaged_latents_are_encoded_again(videos, folder, run_node, caplog):
+    shelf = data.Shelf(folder / "latents", "stamp")
+    dataset, _ = run_node("LatentMotionLoadVideoDataset", folder="videos", **LOADED)
+    encoded = []
+
+    def read() -> tuple[Tensor, ...]:
+        def encode(clip: Clip) -> Tensor:
+            encoded.append(clip.frames)
+            return torch.full((clip.frames, 4, 8, 8), float(clip.frames))
+
+        return data.as_latents(dataset, 4, 1, encode, shelf).latents
+
+    whole = read()
+    for path, size in zip(sorted((folder / "latents").iterdir()), (0, 100), strict=True):
+        path.write_bytes(path.read_bytes()[:size])
+    assert all(torch.equal(*pair) for pair in zip(read(), whole, strict=True)) and encoded == [6, 9, 6, 9]
+    assert "a.gif is encoded again" in caplog.text
+    read()
+    assert len(encoded) == 4, "the files are whole again"
+
+
 def test_nothing_is_encoded_where_a_clip_is_too_short():
     dataset = data.collect(pictures(4), "x", 0, data.collect(pictures(9), "x", 0))
     with pytest.raises(LatentMotionError, match=r"has 4 frames, and 4 frames with a stride of 2 need 7"):

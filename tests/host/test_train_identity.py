@@ -114,6 +114,23 @@ def test_starting_over_goes_on_where_it_was_cancelled(room: Room, folder: Path) 
     assert room.learn() == [], "the finished file is of the settings that were asked for"
 
 
+@pytest.mark.parametrize("ending", ["", ".training"])
+def test_a_damaged_file_is_named_and_starting_over_replaces_it(room: Room, folder: Path, ending: str) -> None:
+    damaged = folder / f"learned.safetensors{ending}"
+    damaged.write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(LatentMotionError, match=rf"{damaged.name} cannot be read .* set existing to 'start over'"):
+        room.learn()
+    assert damaged.is_file(), "nothing is deleted unasked"
+    assert room.learn(existing="start over")[-1] == WIDGETS["steps"]
+    assert room.learn() == [] and [path.name for path in folder.iterdir()] == ["learned.safetensors"]
+
+
+def test_a_finished_training_needs_no_state(room: Room, folder: Path) -> None:
+    room.learn()
+    (folder / "learned.safetensors.training").write_bytes(b"")
+    assert room.learn() == []
+
+
 def test_pictures_that_cannot_be_encoded_are_named(room: Room, folder: Path) -> None:
     with pytest.raises(LatentMotionError, match=r"What the VAE makes of The clip are not all numbers"):
         room.learn(vae=Pictures(off=float("nan")))

@@ -12,7 +12,14 @@ import torch
 import training_run
 from latentmotion.motion_modules.errors import TrainingError
 from latentmotion.training import frozen
-from latentmotion.training.checkpoint import load_state, save_state
+from latentmotion.training.checkpoint import (
+    load_state,
+    load_weights,
+    read_recipe,
+    read_state_recipe,
+    save_state,
+    save_weights,
+)
 from latentmotion.training.loop import Recipe, fit
 from torch import nn
 
@@ -136,6 +143,27 @@ def test_a_full_disk_is_said_and_the_older_state_stays(tmp_path, monkeypatch):
         save_state(path, {"recipe": {"steps": 1}, "step": 2})
     assert load_state(path)["step"] == 1
     assert [file.name for file in tmp_path.iterdir()] == ["state.pt"]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_damaged_files_are_named(tmp_path, kept):
+    """An empty one, and those that were cut short: what to do is said, too."""
+    state, file = tmp_path / "a.training", tmp_path / "a.safetensors"
+    save_state(state, {"recipe": {"steps": 1}, "weights": torch.ones(1000)})
+    save_weights(file, {"a": torch.ones(1000)}, {"steps": 1})
+    assert read_state_recipe(state) == read_recipe(file) == {"steps": 1}
+    for path, read in ((state, read_state_recipe), (state, load_state), (file, read_recipe), (file, load_weights)):
+        path.write_bytes(path.read_bytes()[: int(kept * path.stat().st_size)])
+        with pytest.raises(TrainingError, match=rf"{path.name} cannot be read \(.*cut short or damaged. Delete it"):
+            read(path)
+
+
+def test_a_file_that_is_no_state_is_named(tmp_path):
+    for other in ([1, 2], {"weights": torch.ones(2)}, {"recipe": 3}):
+        torch.save(other, tmp_path / "a.training")
+        for read in (read_state_recipe, load_state):
+            with pytest.raises(TrainingError, match="a.training cannot be read"):
+                read(tmp_path / "a.training")
 
 
 @pytest.fixture
