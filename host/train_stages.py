@@ -28,6 +28,7 @@ from ..training.recipe import chosen
 from .dataset import dataset_of
 from .material import fingerprint, material
 from .motion import MotionModule, manage
+from .resident import resident
 from .schedule import set_schedule
 from .train import (
     Learner,
@@ -72,17 +73,17 @@ def train_domain_adapter(
     levels_of(model.get_model_object("diffusion_model"))
     dataset = dataset_of(clips, captions, 1 if isinstance(clips, Tensor) else 0)
     learned = material(model, clip, vae, dataset, how)
-    model, unet = model.clone(), model.model.diffusion_model
-    layers = published_layers(model, how.recipe.trains)
+    taught = resident(model)
+    unet, layers = taught.model.diffusion_model, published_layers(taught, how.recipe.trains)
 
     @contextmanager
     def begin() -> Iterator[Learner]:
         changes = LowRankSet(unet, list(layers), how.rank, how.recipe.seed)
         with changes.on(unet, how.scale), recomputed(heavy_layers(unet) if how.recompute else ()):
             tensors = partial(published_pairs, changes, how.scale, names=layers)
-            yield Learner(dict(changes.named_parameters()), call_options(model), tensors)
+            yield Learner(dict(changes.named_parameters()), call_options(taught), tensors)
 
-    run(Stage(lora_size(unet, list(layers), how.rank), None, (), begin), model, learned, how)
+    run(Stage(lora_size(unet, list(layers), how.rank), None, (), begin), taught, learned, how)
     return comfy.sd.load_lora_for_models(model, None, read_weights(how.path), 1.0, 0.0)[0]
 
 
@@ -119,7 +120,7 @@ def train_motion_module(
     spec = module.spec if module else new_spec(*levels_of(unet), how.with_mid, how.convolves)
     check_motion(model, spec, module.name if module else "The new motion module", how)
     learned = material(model, clip, vae, dataset_of(clips, captions, how.clip_length), how)
-    model = model.clone()
+    model = resident(model)
     if spec.variant.schedule is not None:
         set_schedule(model, spec.variant.schedule)
     start = starting_point(spec, module, how.recipe.seed)

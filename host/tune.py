@@ -29,6 +29,7 @@ from . import attention as frames_of
 from . import tuned
 from .attention import FrameAttention
 from .material import Material, material
+from .resident import resident
 from .samples import Samples
 from .train import (
     Conditions,
@@ -88,7 +89,7 @@ def tune_video_model(model: ModelPatcher, clip: Any, vae: Any, video: Any, promp
         raise TrainingError("The clip has no prompt. Write what it shows, and later change the words of it.")
     film = clip_of(video)
     taken = Film("The video", chosen_frames(film, how.frames, how.stride), (how.frames,), (prompt.strip(),))
-    _tune(model.clone(), material(model, clip, vae, Dataset((taken,)), how, drop=0.0, stride=1), how)
+    _tune(resident(model), material(model, clip, vae, Dataset((taken,)), how, drop=0.0, stride=1), how)
     file = read_tuned(read_weights(how.path), read_metadata(how.path), how.path.name)
     made = tuned.apply_tuned(model, file)
     return made if how.reach is Reach.SPARSE else frames_of.apply_frame_attention(made, FrameAttention(how.reach))
