@@ -33,16 +33,30 @@ BUSY = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 PIP_FOR_OTHERS = (22, 3)
 """The first pip that installs into another environment (`--python`)."""
 VENV = "On Debian and Ubuntu: apt-get install python3-venv"
+FULL = (errno.ENOSPC, errno.EDQUOT)
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+"""What a place is answered with that is full, and one that is none to write to: EEXIST where a file has its name."""
+FULL_DISK = (
+    "The disk is full: an environment takes about 6 GB. Free some, or name folders on another disk with "
+    "$LATENTMOTION_CACHE and, for what pip unpacks, $TMPDIR; then run this again."
+)
+NO_RIGHT = (
+    "A folder may not be written to: $LATENTMOTION_CACHE can name another one for environments and hosts, $TMPDIR one "
+    "for what pip unpacks."
+)
 NO_INDEX = "The package index did not answer. Check the network, then run this again."
 HINTS = (
-    ("No space left on device", "The disk is full: an environment takes about 6 GB. Free some, then run this again."),
+    ("No space left on device", FULL_DISK),
+    ("Disk quota exceeded", FULL_DISK),
     ("THESE PACKAGES DO NOT MATCH THE HASHES", "A download arrived damaged. Run this again."),
     ("Requires-Python", "This Python may be too new or too old for a package: try Python 3.10 to 3.13."),
     ("Temporary failure in name resolution", "There seems to be no network. Connect, then run this again."),
     ("Failed to establish a new connection", NO_INDEX),
     ("Connection refused", NO_INDEX),
     ("Read timed out", "The network is too slow or was lost. Run this again: what was downloaded is kept by pip."),
-    ("No matching distribution found", "pip cannot find a package: no network, or an index without it. See the log."),
+    ("No matching distribution found", "pip cannot find a package: no network, or an index without it."),
+    ("Read-only file system", NO_RIGHT),
+    ("Permission denied", NO_RIGHT),
 )
 
 
@@ -67,6 +81,27 @@ class Recipe:
 def cache_folder() -> Path:
     """Where environments and hosts are kept: $LATENTMOTION_CACHE, else ~/.cache/latentmotion."""
     return Path(os.environ.get("LATENTMOTION_CACHE") or Path.home() / ".cache" / "latentmotion").expanduser().absolute()
+
+
+@contextlib.contextmanager
+def kept_in(cache: Path) -> Iterator[None]:
+    """Work that writes into the cache. Where the disk or a missing right ends it, that is said with what to do.
+
+    Raises: SetupError in place of such an OSError. One about another place passes through as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = None if error.filename is None else Path(os.fsdecode(error.filename))
+        ours = place is None or place == cache or cache in place.parents or place in cache.parents
+        if error.errno in FULL and ours:
+            advice = FULL_DISK
+        elif error.errno in REFUSED and ours and place is not None:
+            advice = "Make it a folder that you may write to, or let $LATENTMOTION_CACHE name another."
+        else:
+            raise
+        reason = error.strerror if place is None else f"{error.strerror}: {place}"
+        raise SetupError(f"Nothing can be kept in {cache}: {reason}. {advice}") from None
 
 
 def python_of(folder: Path) -> Path:
@@ -131,11 +166,12 @@ def ensure(recipe: Recipe, cache: Path) -> Path:
     Raises: SetupError saying what failed and what to do; the cache then holds nothing that would be trusted.
     """
     folder = cache / "envs" / recipe.key()
-    if is_complete(folder):
-        return python_of(folder)
-    with locked(cache / "envs" / f"{folder.name}.lock", "the same environment"):
-        if not is_complete(folder):  # the run that was waited for may have built it
-            _build(recipe, folder)
+    with kept_in(cache):
+        if is_complete(folder):
+            return python_of(folder)
+        with locked(cache / "envs" / f"{folder.name}.lock", "the same environment"):
+            if not is_complete(folder):  # the run that was waited for may have built it
+                _build(recipe, folder)
     return python_of(folder)
 
 
@@ -165,14 +201,16 @@ def _create(folder: Path, log: Path) -> list[str]:
     """Make an empty virtual environment; the pip command that installs into it."""
     own_pip = importlib.util.find_spec("ensurepip") is not None
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as output:
-        command = [sys.executable, "-m", "venv", *([] if own_pip else ["--without-pip"]), str(folder)]
-        made = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False)
-    if made.returncode != 0:
-        raise SetupError(
-            f"Python could not make a virtual environment in {folder}:\n{tail(log)}\n{VENV}"
-        )
     python = str(python_of(folder))
+    commands = [[sys.executable, "-m", "venv", "--without-pip", str(folder)]]
+    if own_pip:  # a step of its own: venv does not show what it says
+        commands.append([python, "-I", "-m", "ensurepip", "--default-pip"])
+    for command in commands:
+        made = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+        log.write_bytes(made.stdout)
+        if made.returncode != 0:
+            advice = advice_for(made.stdout.decode(errors="replace"), made.returncode, VENV)
+            raise SetupError(f"Python could not make a virtual environment in {folder}:\n{tail(log)}\n{advice}")
     return [python, "-m", "pip"] if own_pip else [*_own_pip(PIP_FOR_OTHERS), "--python", python]
 
 
@@ -191,6 +229,13 @@ def _own_pip(oldest: tuple[int, int] = (0, 0)) -> list[str]:
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < oldest:
         raise SetupError(f"{sys.executable} has no ensurepip, and its pip {version} is too old to do without. {VENV}")
     return [sys.executable, "-m", "pip"]
+
+
+def advice_for(text: str, code: int, otherwise: str = "Run this again once the cause is gone.") -> str:
+    """What to do about a pip that printed `text` and failed with this exit code; `otherwise` where no sign is known."""
+    if code < 0:
+        return f"pip was killed (signal {-code}); if nobody did that, the memory ran out. Run this again."
+    return next((advice for sign, advice in HINTS if sign in text), otherwise)
 
 
 def _install(command: list[str], log: Path) -> None:
@@ -226,9 +271,6 @@ def _install(command: list[str], log: Path) -> None:
             process.terminate()
             process.wait()
     if code != 0:
-        text = log.read_text(encoding="utf-8", errors="replace")
-        hint = next((advice for sign, advice in HINTS if sign in text), "Run this again once the cause is gone.")
-        if code < 0:
-            hint = f"pip was killed (signal {-code}); if nobody did that, the memory ran out. Run this again."
-        raise SetupError(f"pip failed; nothing was kept. Its last lines ({log}):\n{tail(log, 12)}\n{hint}")
+        advice = advice_for(log.read_text(encoding="utf-8", errors="replace"), code)
+        raise SetupError(f"pip failed; nothing was kept. Its last lines ({log}):\n{tail(log, 12)}\n{advice}")
     progress.end("environment complete")

