@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,11 +17,13 @@ import comfy.sd
 import comfy.utils
 import folder_paths
 import torch
+from safetensors import SafetensorError
 
 from ..motion_modules.animatediff.checkpoint import read_motion_module
 from ..motion_modules.errors import TrainingError
-from ..motion_modules.files import read_weights
+from ..motion_modules.files import DAMAGE, read_weights
 from . import demo_models, paths
+from .memory import is_out_of_memory
 from .motion import manage
 
 DEMO = "demo"
@@ -71,6 +75,10 @@ def read_training_file(path: Path) -> TrainingFile:
         if not isinstance(value, kind):
             raise TrainingError(f"{path.name}: {name} is {value!r}, where {'a table' if kind is dict else 'text'} is "
                                 "needed.")  # fmt: skip
+    for name, strength in said.get("loras", {}).items():
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not math.isfinite(strength):
+            raise TrainingError(f"{path.name}: {name} in [loras] is {strength!r}, where its strength is needed: 1.0 "
+                                "for instance.")  # fmt: skip
     return TrainingFile(path.absolute(), **said)
 
 
@@ -100,16 +108,9 @@ def load_models(file: TrainingFile, with_motion: bool) -> dict[str, Any]:
     Raises TrainingError, CheckpointError or ModelMismatchError where a file is missing or does not fit.
     """
     use_models(file)
-    if file.checkpoint == DEMO:
-        model, clip, vae = demo_models.load_unet(), demo_models.load_clip(), demo_models.load_vae()
-    else:
-        path = find(file, "checkpoints", file.checkpoint)
-        model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
-    if file.vae:
-        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(find(file, "vae", file.vae)), safe_load=True))
+    model, clip, vae = _image_model(file)
     for name, strength in file.loras.items():
-        lora = comfy.utils.load_torch_file(str(find(file, "loras", name)), safe_load=True)
-        model, clip = comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
+        model, clip = _with_lora(model, clip, find(file, "loras", name), strength)
     sockets = {"model": model, "clip": clip, "vae": vae}
     if file.motion_module:
         path = find(file, paths.MOTION_MODULES, file.motion_module)
@@ -118,6 +119,53 @@ def load_models(file: TrainingFile, with_motion: bool) -> dict[str, Any]:
         raise TrainingError(f"{file.path.name} names no motion module, and this training needs one. Add "
                             'motion_module = "mm_sd_v15_v2.ckpt", or whichever you have.')  # fmt: skip
     return sockets
+
+
+def _image_model(file: TrainingFile) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE, none of them without a network."""
+    path = file.path
+    if file.checkpoint == DEMO:
+        model, clip, vae = demo_models.load_unet(), demo_models.load_clip(), demo_models.load_vae()
+    else:
+        path = find(file, "checkpoints", file.checkpoint)
+        with _loading(path, "a checkpoint"):
+            model, clip, vae = comfy.sd.load_checkpoint_guess_config(str(path))[:3]
+    for part, what in ((model, "image model"), (clip, "text encoder")):
+        if part is None:
+            raise TrainingError(f"{path} holds no {what}, and a training needs one. Name a whole checkpoint.")
+    if file.vae:
+        path = find(file, "vae", file.vae)
+        with _loading(path, "a VAE"):
+            vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path), safe_load=True))
+    if getattr(vae, "first_stage_model", None) is None:
+        raise TrainingError(f'{path} holds no VAE, and a training needs one. Name a file of one: vae = "...".')
+    return model, clip, vae
+
+
+def _with_lora(model: Any, clip: Any, path: Path, strength: float) -> tuple[Any, Any]:
+    """MODEL and CLIP with a LoRA. Raises TrainingError where it is for neither of them."""
+    with _loading(path, "a LoRA"):
+        lora = comfy.utils.load_torch_file(str(path), safe_load=True)
+        changed = comfy.sd.load_lora_for_models(model, clip, lora, strength, strength)
+    before, after = (sum(map(len, [*unet.patches.values(), *text.patcher.patches.values()]))
+                     for unet, text in ((model, clip), changed))  # fmt: skip
+    if after == before:
+        raise TrainingError(f"{path} changes nothing: none of its tensors is for a layer of the image model or its "
+                            "text encoder. Name a LoRA for this checkpoint, or leave it out.")  # fmt: skip
+    return changed
+
+
+@contextmanager
+def _loading(path: Path, what: str) -> Iterator[None]:
+    """While the host loads a file: raises TrainingError where it cannot."""
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, *DAMAGE) as error:
+        if is_out_of_memory(error):
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise TrainingError(f"{path} cannot be loaded as {what} ({why}). Name another file, or get it again if it is "
+                            "damaged.") from error  # fmt: skip
 
 
 def use_models(file: TrainingFile) -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
+import comfy.sd
 import folder_paths
 import pytest
+import torch
 from latentmotion.demo import config
-from latentmotion.host import train
+from latentmotion.host import demo_models, train
 from latentmotion.host.video import DEMO_CLIPS
 from latentmotion.motion_modules.animatediff.lora import read_motion_lora
+from latentmotion.motion_modules.errors import TrainingError
 from latentmotion.motion_modules.files import read_metadata, read_weights
 from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
 from latentmotion.nodes import recipe
 from PIL import Image
+from safetensors.torch import save_file
 
 DATA = {"width": 32, "height": 32, "caption": "a blue ground"}
 SETTINGS = {"file_name": "zoom", "steps": 2, "rank": 2, "frames": 3}
@@ -112,6 +117,8 @@ def test_toml_is_read(folder: Path) -> None:
     ({"motion_module": None}, "names no motion module"),
     ({"model": "x"}, "says model, which no recipe has"),
     ({"models": "nowhere"}, "there is no folder"),
+    ({"loras": {"a.safetensors": "one"}}, r"a.safetensors in \[loras\] is 'one', where its strength is needed"),
+    ({"loras": {"a.safetensors": float("nan")}}, r"a.safetensors in \[loras\] is nan, where"),
     ({"settings": "fast"}, "settings is 'fast', where a table is needed"),
     ({"settings": {"stepz": 3}}, r"\[settings\] has stepz, which Train MotionLoRA has not. There are: captions"),
     ({"settings": {"steps": "3"}}, "steps is '3', where int is needed"),
@@ -122,6 +129,45 @@ def test_toml_is_read(folder: Path) -> None:
 def test_what_a_recipe_gets_wrong_is_said(folder: Path, changes: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         recipe.carry_out(written(folder, **changes))
+
+
+def junk(path: Path) -> str:
+    path.write_bytes(b"junk" * 100)
+    return str(path)
+
+
+def other_weights(path: Path) -> str:
+    """A whole file of something else."""
+    save_file({"layer.weight": torch.zeros(2, 2)}, path)
+    return str(path)
+
+
+FILES: dict[str, tuple[Callable[[Path], dict], str]] = {
+    "junk checkpoint": (lambda path: {"checkpoint": junk(path)}, "cannot be loaded as a checkpoint .*Name another"),
+    "other checkpoint": (lambda path: {"checkpoint": other_weights(path)}, "cannot be loaded as a checkpoint"),
+    "junk VAE": (lambda path: {"vae": junk(path)}, "cannot be loaded as a VAE"),
+    "other VAE": (lambda path: {"vae": other_weights(path)}, "holds no VAE"),
+    "junk LoRA": (lambda path: {"loras": {junk(path): 1.0}}, "cannot be loaded as a LoRA"),
+    "other LoRA": (lambda path: {"loras": {other_weights(path): 1.0}}, "changes nothing: none of its tensors"),
+}
+
+
+@pytest.mark.parametrize("what", FILES)
+def test_files_that_are_not_what_is_needed_are_named(folder: Path, what: str) -> None:
+    (changes, sentence), path = FILES[what], folder / "given.safetensors"
+    with pytest.raises(TrainingError, match=f"{path} {sentence}"):
+        recipe.carry_out(written(folder, **changes(path)))
+
+
+def test_a_checkpoint_of_an_image_model_alone_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [demo_models.load_unet(), None, comfy.sd.VAE(sd={}), None]
+    monkeypatch.setattr(comfy.sd, "load_checkpoint_guess_config", lambda path: found)
+    checkpoint = other_weights(folder / "unet.safetensors")
+    with pytest.raises(TrainingError, match=r"unet.safetensors holds no text encoder, .* Name a whole checkpoint"):
+        recipe.carry_out(written(folder, checkpoint=checkpoint))
+    found[1] = demo_models.load_clip()
+    with pytest.raises(TrainingError, match=r"unet.safetensors holds no VAE, .* Name a file of one: vae ="):
+        recipe.carry_out(written(folder, checkpoint=checkpoint))
 
 
 def test_the_command_says_it_and_fails(folder: Path, capsys: pytest.CaptureFixture) -> None:
