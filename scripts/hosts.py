@@ -5,6 +5,7 @@ The pinned copy is the whole source of ComfyUI 0.3.75 that the wheel `horde-engi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -82,7 +83,21 @@ def version_of(path: Path) -> str:
     return found.group(1) if found else path.name
 
 
-def find(named: str | None, cache: Path, checkout: Path = ROOT) -> Host:
+def places() -> list[Path]:
+    """Where this checkout sits: as the command that was typed came upon it, through links, then ROOT.
+
+    Python follows links before it imports, and the system does for the working folder; the shell keeps them in $PWD.
+    """
+    found = []
+    for folder in (os.environ.get("PWD", ""), os.curdir):
+        with contextlib.suppress(OSError):
+            typed = Path(os.path.abspath(os.path.join(folder, sys.argv[0]))).parent.parent
+            if os.path.samefile(folder, os.curdir) and os.path.samefile(typed, ROOT):
+                found.append(typed)
+    return [*found, ROOT]
+
+
+def find(named: str | None, cache: Path, checkout: Path | None = None) -> Host:
     """The host to use: `--comfyui`, $COMFYUI_PATH, the ComfyUI around the checkout, else the pinned copy.
 
     Raises: SetupError when a named folder is no ComfyUI, or the pinned copy cannot be fetched.
@@ -96,9 +111,10 @@ def find(named: str | None, cache: Path, checkout: Path = ROOT) -> Host:
                     "expected in it). Give the folder that contains main.py."
                 )
             return Host(path, version_of(path), asked_for=True)
-    around = checkout.parent.parent
-    if checkout.parent.name == "custom_nodes" and is_host(around):
-        return Host(around, version_of(around), in_place=True)
+    for place in [checkout] if checkout else places():
+        around = place.parent.parent
+        if place.parent.name == "custom_nodes" and is_host(around):
+            return Host(around, version_of(around), in_place=True)
     return Host(fetch(FLOOR, cache), FLOOR.version)
 
 

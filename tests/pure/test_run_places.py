@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,12 @@ from console import SetupError
 from environment import Recipe
 from hosts import FLOOR, Host
 
+SCRIPTS = Path(run.__file__).parent
+PROBE = """
+import hosts
+hosts.fetch = lambda *_: hosts.Path("fetched")
+print(hosts.find(None, hosts.Path("cache")).path)
+"""
 NO_SPACE = r"(?s)No space left on device.*6 GB.*\$LATENTMOTION_CACHE"
 
 
@@ -88,3 +97,45 @@ def test_what_keeps_pip_out_of_an_environment_is_said(
     with pytest.raises(SetupError) as stopped:
         environment._create(tmp_path / "env", tmp_path / "log")
     assert said in str(stopped.value) and advice in str(stopped.value)
+
+
+@pytest.fixture(params=["the checkout", "custom_nodes"])
+def linked(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A ComfyUI with this checkout as custom_nodes/pack, of which one or the other is a link to elsewhere/."""
+    comfyui, checkout = tmp_path / "ComfyUI", tmp_path / "elsewhere" / "pack"
+    for name in ("main.py", "requirements.txt", "comfy/model_patcher.py"):
+        (comfyui / name).parent.mkdir(parents=True, exist_ok=True)
+        (comfyui / name).touch()
+    shutil.copytree(SCRIPTS, checkout / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "scripts" / "probe.py").write_text(PROBE)
+    if request.param == "custom_nodes":
+        (comfyui / "custom_nodes").symlink_to(checkout.parent)
+    else:
+        (comfyui / "custom_nodes").mkdir()
+        (comfyui / "custom_nodes" / "pack").symlink_to(checkout)
+    return comfyui
+
+
+def host_found(folder: Path, script: str, shell: Path) -> str:
+    """What the scripts find when one is started in `folder`, which the shell believes to be `shell`."""
+    variables = {key: value for key, value in os.environ.items() if key != "COMFYUI_PATH"} | {"PWD": str(shell)}
+    return subprocess.check_output([sys.executable, "-B", script], cwd=folder, env=variables, text=True).strip()
+
+
+@pytest.mark.parametrize(("folder", "script"), [
+    ("", "custom_nodes/pack/scripts/probe.py"),
+    ("custom_nodes", "./pack/scripts/probe.py"),
+    ("custom_nodes/pack", "scripts/probe.py"),
+    ("custom_nodes/pack/scripts", "probe.py"),
+    ("custom_nodes/pack/scripts", "../scripts/probe.py"),
+])  # fmt: skip
+def test_a_checkout_linked_into_custom_nodes_sits_there(folder: str, script: str, linked: Path) -> None:
+    assert host_found(linked / folder, script, linked / folder) == str(linked)
+
+
+def test_a_link_that_the_command_did_not_take_is_not_followed(linked: Path, tmp_path: Path) -> None:
+    checkout, link = tmp_path / "elsewhere" / "pack", linked / "custom_nodes" / "pack"
+    assert host_found(tmp_path, str(link / "scripts" / "probe.py"), tmp_path) == str(linked)
+    assert host_found(checkout, "scripts/probe.py", checkout) == "fetched"
+    assert host_found(tmp_path, str(checkout / "scripts" / "probe.py"), link) == "fetched"
+    assert host_found(tmp_path, "elsewhere/pack/scripts/probe.py", link / "gone") == "fetched"
