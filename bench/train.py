@@ -31,7 +31,7 @@ from ..host import paths
 from ..host.dataset import STILLS, film_camera
 from ..host.inflate import MotionSettings, apply_motion
 from ..host.motion import MotionModule, add_motion_lora
-from ..host.options import lora_training
+from ..host.options import HALF_NOISIEST, lora_training
 from ..host.train import train_motion_lora
 from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
@@ -43,12 +43,11 @@ from .train_step import estimate_errors, step_figures
 REFERENCES = 48
 RECIPE = {
     "rank": 16, "alpha": 16, "steps": 300, "learning_rate": 0.003,
-    "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 1, "accumulate": 4, "seed": 0,
+    "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 4, "accumulate": 1, "seed": 0,
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
-    "high_noise_weight": 200.0,
+    "high_noise_weight": 200.0, "noise_levels": HALF_NOISIEST,
 }  # fmt: skip
-FOUR_AT_ONCE = {"steps": 600, "batch_size": 4, "accumulate": 1}
-OWN = {"zoom_in": FOUR_AT_ONCE, "roll": FOUR_AT_ONCE | {"high_noise_weight": 600.0}}
+OWN = {"zoom_in": {"steps": 600}, "roll": {"steps": 600, "high_noise_weight": 600.0}}
 """What a motion needs besides: a zoom and a roll move every place another way."""
 RESUMED = {"steps": 12, "save_every": 100}
 BOTH = ("zoom_in", "pan_left")

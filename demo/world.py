@@ -23,7 +23,7 @@ EXTENT = 1.2  # no shape reaches further than this many radii from its centre
 FIELD = (1.0, 18.0, 127.0, 127.0)  # left, top, right, bottom of the part shapes live in; the mark sits above it
 MARK = (80, 4, 120, 14)  # left, top, right, bottom of the defect on the clips: a striped, half transparent logo
 MARK_STRIPE, MARK_ALPHA = 8, 0.65
-ZOOM = (0.7, 1.4)  # magnification at the two ends of a zoom
+ZOOM = (0.8, 1.4)  # magnification at the two ends of a zoom: no shape gets smaller than the smallest still one
 
 Window = tuple[int, int, int, int]
 """Left, top, width and height of the part of a picture that is drawn."""
