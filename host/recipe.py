@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import comfy.utils
 import folder_paths
@@ -22,11 +26,13 @@ from safetensors import SafetensorError
 from ..motion_modules.animatediff.checkpoint import read_motion_module
 from ..motion_modules.errors import TrainingError
 from ..motion_modules.files import DAMAGE, read_weights
+from ..training.loop import Stopped, fit
 from . import demo_models, paths
 from .memory import is_out_of_memory
 from .motion import manage
 
 DEMO = "demo"
+TOGETHER = 2.0  # seconds; a closed terminal sends one signal itself and one through run.py
 FOLDERS = ("checkpoints", "vae", "loras", "text_encoders", "diffusion_models", paths.MOTION_MODULES, paths.MOTION_LORAS)
 
 
@@ -100,6 +106,44 @@ def as_in_a_node() -> Iterator[None]:
     """As the host's executor runs nodes."""
     with torch.inference_mode():
         yield
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """While the context lasts, Ctrl-C, SIGTERM and a closed terminal are Cancel where something learns, which keeps
+    what was learned. A second one ends at once (KeyboardInterrupt), and so does the first where nothing learns.
+
+    Raises Stopped where a training has kept its state.
+    """
+    asked: list[float] = []
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if asked and now - asked[0] < TOGETHER:
+            return
+        asked.append(now)
+        if len(asked) > 1 or not _learns(frame):
+            raise KeyboardInterrupt
+        comfy.model_management.interrupt_current_processing()
+
+    ends = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+    heard = [number for number in ends if signal.getsignal(number) not in (signal.SIG_IGN, None)]  # not under nohup
+    before = {number: signal.signal(number, on_signal) for number in heard}
+    try:
+        yield
+    except comfy.model_management.InterruptProcessingException as error:
+        raise Stopped("The training was stopped, and its state is kept.") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        comfy.model_management.interrupt_current_processing(False)
+
+
+def _learns(frame: FrameType | None) -> bool:
+    """Whether the training loop is among the callers: it answers Cancel, between two steps at the latest."""
+    while frame is not None and frame.f_code is not fit.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def load_models(file: TrainingFile, with_motion: bool) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -101,28 +100,31 @@ def _checked(item: io.Input, value: Any, name: str) -> Any:
 
 
 def main(argv: list[str]) -> int:
-    """Carry out one recipe; Ctrl-C and SIGTERM keep the state of the training, from which the next run goes on."""
+    """Carry out one recipe; Ctrl-C keeps the state of the training, from which the next run goes on."""
     with _heard() as log:
         if len(argv) != 1:
             log.error("Name one recipe: python3 scripts/run.py train RECIPE")
             return 2
         try:
-            carry_out(Path(argv[0]))
+            with files.stoppable():
+                carry_out(Path(argv[0]))
         except (ValueError, FileNotFoundError) as error:
             log.error("Stopped: %s", error)
             return 1
-        except KeyboardInterrupt:
+        except files.Stopped:
             log.info("Stopped. What was learned is kept; the same command goes on with it.")
+            return 130
+        except KeyboardInterrupt:
+            log.info("Stopped at once. The same command goes on from the last state on the disk, or begins where there "
+                     "is none.")  # fmt: skip
             return 130
         return 0
 
 
 @contextmanager
 def _heard() -> Iterator[logging.Logger]:
-    """While the context lasts the pack's log is on the terminal; SIGTERM and a closed terminal are Ctrl-C."""
+    """While the context lasts the pack's log is on the terminal."""
     log = logging.getLogger(__name__.split(".")[0])
-    ends = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-    before = {number: signal.signal(number, signal.default_int_handler) for number in ends}
     spoken = logging.StreamHandler(sys.stdout)
     level = log.level
     log.setLevel(logging.INFO)
@@ -134,5 +136,3 @@ def _heard() -> Iterator[logging.Logger]:
         log.removeHandler(spoken)
         log.setLevel(level)
         log.propagate = True
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -8,18 +8,21 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import comfy.model_management
 import comfy.sd
 import folder_paths
 import pytest
 import torch
+from helpers_train import Recorder
 from latentmotion.demo import config
-from latentmotion.host import demo_models, train
+from latentmotion.host import demo_models, material, train
 from latentmotion.host.video import DEMO_CLIPS
 from latentmotion.motion_modules.animatediff.lora import read_motion_lora
 from latentmotion.motion_modules.errors import TrainingError
 from latentmotion.motion_modules.files import read_metadata, read_weights
 from latentmotion.motion_modules.tune_a_video.checkpoint import read_tuned
 from latentmotion.nodes import recipe
+from latentmotion.training.checkpoint import load_state
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -69,9 +72,66 @@ def test_ctrl_c_keeps_the_state(folder: Path, monkeypatch: pytest.MonkeyPatch, c
     with monkeypatch.context() as patch:
         patch.setattr(train, "TrainingProgress", Interrupted)
         assert recipe.main([str(written(folder))]) == 130 and "goes on with it" in capsys.readouterr().out
-    state = folder / "models" / "animatediff_motion_lora" / "zoom.safetensors.training"
+    state = state_of(folder)
     assert state.is_file()
     assert recipe.main([str(written(folder))]) == 0 and not state.exists()
+
+
+def state_of(folder: Path) -> Path:
+    return folder / "models" / "animatediff_motion_lora" / "zoom.safetensors.training"
+
+
+def end(*given: object, times: int = 1, **more: object) -> None:
+    for _ in range(times):
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_no_step_is_lost_that_is_done_when_it_ends(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: pytest.CaptureFixture, times: int) -> None:  # fmt: skip
+    """In the middle of a step, where weights and optimiser do not belong together; two signals at a time are one."""
+    real = torch.optim.AdamW.step
+
+    def step(self: torch.optim.AdamW, *given: object) -> None:
+        real(self, *given)
+        end(times=times)
+
+    path = written(folder, settings=SETTINGS | {"steps": 9, "save_every": 100})
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        assert recipe.main([str(path)]) == 130
+    assert "What was learned is kept" in capsys.readouterr().out
+    assert load_state(state_of(folder))["step"] == 1
+    assert recipe.main([str(path)]) == 0 and "step 9 of 9" in capsys.readouterr().out
+
+
+def test_a_second_one_ends_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+                                   ) -> None:  # fmt: skip
+    def at(step: int) -> None:
+        end(times=2)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(recipe.files, "TOGETHER", 0.0)
+    monkeypatch.setattr(train, "TrainingProgress", Recorder(at))
+    assert recipe.main([str(written(folder))]) == 130 and "Stopped at once" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["loading", "reading", "encoding"])
+def test_where_nothing_learns_it_ends_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture, place: str) -> None:  # fmt: skip
+    def ended(*given: object, **more: object) -> None:
+        end()
+        pytest.fail("went on")
+
+    owner, name = {"loading": (demo_models, "load_vae"), "reading": (material, "encode_texts"),
+                   "encoding": (material, "encode_frames")}[place]  # fmt: skip
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(owner, name, ended)
+    assert recipe.main([str(written(folder))]) == 130
+    told = capsys.readouterr().out
+    assert "Stopped at once" in told and "is kept" not in told and not state_of(folder).exists()
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert not comfy.model_management.processing_interrupted()
 
 
 def test_every_stage_is_a_recipe(folder: Path) -> None:
