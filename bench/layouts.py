@@ -18,7 +18,7 @@ from torch import Tensor
 from ..demo import config, oracle
 from ..host import paths
 from ..host.motion import MotionModule
-from ..host.options import ALL_ALIKE, CONVOLUTION_LAYOUT, V3_LAYOUT, module_training
+from ..host.options import CONVOLUTION_LAYOUT, V3_LAYOUT, module_training
 from ..host.train_stages import train_motion_module
 from ..media.clip import collect_pictures
 from ..training.dataset import Dataset
@@ -30,7 +30,7 @@ from .train import RECIPE, Room, files_in, right, share, told_now_and_then
 CAMERA = CAMERAS["pan_left"]
 LAYOUTS = {"attention": V3_LAYOUT, "convolution": CONVOLUTION_LAYOUT}
 ANEW = {key: value for key, value in RECIPE.items() if key not in ("rank", "alpha")} | {
-    "learning_rate": 0.0012, "noise_levels": ALL_ALIKE, "batch_size": 1, "accumulate": 4,
+    "learning_rate": 0.0012, "batch_size": 1, "accumulate": 4,
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from ..host import paths
 from ..host.dataset import STILLS, film_camera
 from ..host.inflate import MotionSettings, apply_motion
 from ..host.motion import MotionModule, add_motion_lora
-from ..host.options import HALF_NOISIEST, lora_training
+from ..host.options import HALF_NOISIEST, NOISE_LEVELS, lora_training
 from ..host.train import train_motion_lora
 from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
@@ -45,7 +45,7 @@ RECIPE = {
     "rank": 16, "alpha": 16, "steps": 300, "learning_rate": 0.003,
     "frames": FRAMES, "stride": 1, "clip_length": 0, "batch_size": 4, "accumulate": 1, "seed": 0,
     "gradient_checkpointing": False, "save_every": 50, "existing": "go on", "sample_every": 0,
-    "high_noise_weight": 200.0, "noise_levels": HALF_NOISIEST,
+    "high_noise_weight": 200.0,
 }  # fmt: skip
 OWN = {"zoom_in": {"steps": 600}, "roll": {"steps": 600, "high_noise_weight": 600.0}}
 """What a motion needs besides: a zoom and a roll move every place another way."""
@@ -55,10 +55,12 @@ BOTH = ("zoom_in", "pan_left")
 
 @dataclass
 class Room:
-    """The demo models, the folder MotionLoRAs are written to, and the clips made so far without one."""
+    """The demo models, how many clips are made, the noise levels that are learned at, and the clips so far without a
+    MotionLoRA."""
 
     bench: Bench
     count: int
+    levels: str = HALF_NOISIEST
     still: list[Tensor] = field(default_factory=list)
 
     def references(self, camera: Camera) -> Dataset:
@@ -70,7 +72,8 @@ class Room:
 
     def learn(self, name: str, clips: Dataset, **widgets: Any) -> MotionModule:
         """The motion module with a MotionLoRA of this name, by Train MotionLoRA."""
-        how = lora_training(file_name=name, **RECIPE | OWN.get(name, {}) | widgets)
+        levels = {"noise_levels": self.levels}
+        how = lora_training(file_name=name, **RECIPE | levels | OWN.get(name, {}) | widgets)
         bench = self.bench
         return train_motion_lora(bench.unet, bench.motion(), bench.clip, bench.vae, clips, "", how)
 
@@ -245,6 +248,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     parser.add_argument("--out", type=Path, help="folder for the MotionLoRAs; those that are there are not made again")
     parser.add_argument("--both", nargs=2, choices=CAMERAS, default=BOTH, help="both: the motions at once")
+    parser.add_argument("--levels", choices=NOISE_LEVELS, default=HALF_NOISIEST, help="noise_levels of the node")
     parser.add_argument("--size", type=int, default=256, help="step: pixels a side")
     parser.add_argument("--frames", type=int, default=16, help="step: frames of a clip")
     parser.add_argument("--rank", type=int, default=64, help="step: rank of the MotionLoRA")
@@ -254,7 +258,8 @@ def main(argv: list[str]) -> int:
     print(f"{args.clips} unseen captions and seeds, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
     figures: dict[str, float] = {}
     with torch.inference_mode(), files_in(args.out), told_now_and_then():
-        room = Room(Bench.open(args.weights), args.clips) if set(args.only) - {"step", "estimate"} else None
+        drawn = set(args.only) - {"step", "estimate"}
+        room = Room(Bench.open(args.weights), args.clips, args.levels) if drawn else None
         for name in args.only:
             start, found = time.monotonic(), measure(room, name, args)
             figures |= found
