@@ -71,15 +71,16 @@ def motion_module(dtype: torch.dtype) -> MotionModule:
     return manage(MotionFile(sd15_spec(), network.state_dict()), "seeded v2")
 
 
-def denoise_call(model: comfy.model_patcher.ModelPatcher, x: Tensor, context: Tensor, attention: str = "pytorch"
+def denoise_call(model: comfy.model_patcher.ModelPatcher, x: Tensor, context: Tensor, attention: str = ""
                  ) -> Callable[[], Tensor]:  # fmt: skip
     """One call of the host's model on all frames, with everything a sampler would pass along.
 
-    attention: name of the host's function for the image model's attention.
+    attention: of the host's functions, the one for the image model's attention; empty for the host's choice.
     """
     options = {**model.model_options["transformer_options"], "wrappers": model.wrappers, "cond_or_uncond": [0]}
-    chosen = getattr(host_attention, f"attention_{attention}")
-    options[ATTENTION] = lambda function, *args, **kwargs: chosen(*args, **kwargs)
+    if attention:
+        chosen = getattr(host_attention, f"attention_{attention}")
+        options[ATTENTION] = lambda function, *args, **kwargs: chosen(*args, **kwargs)
     sigma = torch.full((x.shape[0],), 5.0, device=x.device)
     return lambda: model.model.apply_model(x, sigma, c_crossattn=context, transformer_options=dict(options))
 
