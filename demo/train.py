@@ -9,7 +9,7 @@ adapter 0.36 s, motion stages 1.5 s: ten hours in all. `--rehearse 2` goes throu
 has. The committed weights came from stages run one by one, some from earlier tries of the one before: the decoder in
 three runs with noise up to 0.05, 0.3 and 0.35; the motion module as the mean of two rounds in a row and of two after
 them, weights to 100 and 40; MotionLoRAs in up to nine runs, rank 16 and then 48, zoom_out by way of a mean of three
-ends, and the last 800 steps of both on zooms that began at 0.8 of the size (0.7 before).
+ends; only its last 800 steps saw zooms from 0.8 of the size on, all before 0.7.
 """
 
 from __future__ import annotations
