@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import uuid
 from collections.abc import Iterator
@@ -102,6 +103,22 @@ def kept_in(cache: Path) -> Iterator[None]:
             raise
         reason = error.strerror if place is None else f"{error.strerror}: {place}"
         raise SetupError(f"Nothing can be kept in {cache}: {reason}. {advice}") from None
+
+
+def writable(folder: Path, what: str) -> Path:
+    """A folder of this checkout that `what` goes to, made where it is missing.
+
+    Raises: SetupError when nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        advice = "Free some space" if error.errno in FULL else "Make it a folder that you may write to"
+        raise SetupError(
+            f"{what} cannot be written to {folder}: {error.strerror}. {advice}, or copy this checkout to another place."
+        ) from None
+    return folder
 
 
 def python_of(folder: Path) -> Path:

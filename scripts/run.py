@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # an embedded or isolated Python leaves it out
 
 from console import SetupError, say, tail
-from environment import cache_folder, kept_in, locked
+from environment import cache_folder, kept_in, locked, writable
 from host_server import HostServer, free_port
 from hosts import ROOT, Host, find
 from processes import end_as_by_exit, run_to_its_end
@@ -78,6 +78,11 @@ def check_graph(file: Path) -> None:
         raise SetupError(f"{file} is JSON, but not a ComfyUI graph in API format, as those in workflows/api/ are.")
 
 
+def figures_file(asked: str | None) -> Path | None:
+    """The file that --json names, in a folder that is there: minutes or hours of work end in it."""
+    return writable(Path(asked).absolute().parent, "The figures") / Path(asked).name if asked else None
+
+
 def demo(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     """Boot the host, make the clip of workflows/api/text_to_video.json, and write it to output/."""
     begun = time.monotonic()
@@ -85,13 +90,14 @@ def demo(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     refuse_rest("demo", rest)
     graph = Path(options.workflow or WORKFLOW)
     check_graph(graph)
+    output = writable(ROOT / "output", "The clip")
+    facts = figures_file(options.json)
     host = find_host()
     python = host.python(cache)
-    facts = Path(options.json).absolute() if options.json else None
     folder = tempfile.TemporaryDirectory(prefix="latentmotion-demo-", ignore_cleanup_errors=True)
     with folder as base, HostServer(python, host.path, Path(base)) as server:
         client = [str(python), str(ROOT / "scripts" / "make_clip.py"), "--url", server.url]
-        client += ["--workflow", str(graph), "--folder", str(ROOT / "output")]
+        client += ["--workflow", str(graph), "--folder", str(output)]
         client += ["--json", str(facts)] if facts else []
         code = subprocess.run(client, check=False).returncode
         if code != 0:
@@ -124,8 +130,7 @@ def serve(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     base = cache / "serve"
     with kept_in(cache):
         base.mkdir(parents=True, exist_ok=True)
-    (ROOT / "output").mkdir(exist_ok=True)
-    extra = ["--output-directory", str(ROOT / "output"), *rest]
+    extra = ["--output-directory", str(writable(ROOT / "output", "What ComfyUI makes")), *rest]
     host = find_host()
     running = f"`run.py serve` is running already on the folders in {base}. Use that one, or end it first."
     with contextlib.ExitStack() as stack:
@@ -183,6 +188,7 @@ def bench(find_host: Finder, cache: Path, arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in known:
         raise SetupError(f"There is no measurement called {name}; there are: {', '.join(known)}.")
+    figures_file(options_of("bench", rest, "--json")[0].json)
     return in_pack(find_host, cache, f"bench.{name}", rest)
 
 

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from console import SetupError, say
+from environment import writable
 from hosts import ROOT, Host, others
 from processes import run_to_its_end
 
 SUITES = ("pure", "host", "e2e")
+REPORTS = ROOT / "test-results"
 NOTHING_COLLECTED = 5
 BY_FILE = ("--dist", "loadfile", "--no-loadscope-reorder")
 """How tests are handed to workers: in order, so that a file of few and long tests is not left for the end."""
@@ -72,8 +74,7 @@ class Suite:
 
     def run(self, options: Sequence[str], tally: Tally) -> None:
         """Run it and add its results to `tally`."""
-        report = ROOT / "test-results" / f"{self.title.replace(' ', '-')}.xml"
-        report.parent.mkdir(exist_ok=True)
+        report = REPORTS / f"{self.title.replace(' ', '-')}.xml"
         report.unlink(missing_ok=True)
         environment = {key: value for key, value in os.environ.items() if key != "COMFYUI_PATH"}
         if self.host is not None:
@@ -125,6 +126,7 @@ def run_tests(main: Host, cache: Path, arguments: Sequence[str]) -> int:
     """Every suite that the arguments ask for; 0 when nothing failed."""
     paths, options = split_arguments(arguments)
     tally = Tally()
+    writable(REPORTS, "A report")
     python = main.python(cache, "pytest", "hypothesis", "xdist")
     share = workers()
     suites = [Suite("pure", paths["pure"], python, workers=share)] if "pure" in paths else []

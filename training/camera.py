@@ -136,7 +136,7 @@ def camera_clip(source: Clip, work: CameraWork, generator: torch.Generator) -> C
 
 def camera_clips(dataset: Dataset, work: CameraWork) -> Dataset:
     """Camera clips of every piece of a data set, with its captions. Raises TrainingError for pieces too short."""
-    pieces = dataset.pieces() if work.stills else dataset.usable(work.frames, 1)
+    pieces = dataset.pieces() if work.stills else dataset.long_enough(work.frames, 1)
     films = []
     for number, piece in enumerate(pieces):
         for copy in range(work.each):

@@ -63,6 +63,10 @@ class Dataset:
         Raises TrainingError where a film is shorter, where nothing is left, or where sizes differ.
         """
         self.check_sizes()
+        return self.long_enough(frames, stride)
+
+    def long_enough(self, frames: int, stride: int) -> list[Piece]:
+        """As `usable`, of films of whatever sizes."""
         needed = span_of(frames, stride)
         short = [piece for piece in self.pieces() if piece.frames < needed]
         every = f" with a stride of {stride}" if stride > 1 else ""

@@ -115,6 +115,14 @@ def test_clips_go_on_while_the_camera_moves() -> None:
         camera_clips(films, CameraWork(Move.ZOOM_IN, 21, stills=False))
 
 
+def test_clips_of_several_sizes_are_filmed_in_one_size() -> None:
+    clips = {size: clip_of_images(picture(0.5, 0.5, size).expand(FRAMES, -1, -1, -1), 1) for size in (64, 96)}
+    parts = [film_of_parts(str(size), clip, 0, "a spot") for size, clip in clips.items()]
+    work = CameraWork(Move.ZOOM_IN, FRAMES, stills=False, height=SIZE, width=SIZE)
+    made = camera_clips(Dataset(tuple(parts)), work)
+    assert [collect_pictures(film.clip).shape for film in made.films] == [(FRAMES, SIZE, SIZE, 3)] * 2
+
+
 def test_a_long_still_is_made_chunk_by_chunk() -> None:
     made = camera_clips(still(0.5, 0.5), CameraWork(Move.PAN_LEFT, 40, each=2))
     assert max(len(chunk) for chunk in made.films[0].clip.chunks()) <= 16

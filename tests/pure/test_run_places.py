@@ -14,6 +14,7 @@ import environment
 import hosts
 import pytest
 import run
+import suites
 from console import SetupError
 from environment import Recipe
 from hosts import FLOOR, Host
@@ -139,3 +140,25 @@ def test_a_link_that_the_command_did_not_take_is_not_followed(linked: Path, tmp_
     assert host_found(checkout, "scripts/probe.py", checkout) == "fetched"
     assert host_found(tmp_path, str(checkout / "scripts" / "probe.py"), link) == "fetched"
     assert host_found(tmp_path, "elsewhere/pack/scripts/probe.py", link / "gone") == "fetched"
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (["demo"], "output"), (["serve"], "output"), (["test"], "test-results"),
+        (["demo", "--json", "FILE/x.json"], "FILE"), (["bench", "toy", "--json", "FILE/x.json"], "FILE"),
+    ],
+)  # fmt: skip
+def test_a_place_for_results_that_is_no_folder_is_named_before_anything_is_made(
+    command: list[str], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / place).touch()
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(suites, "REPORTS", tmp_path / "test-results")
+    monkeypatch.setattr(run, "benchmarks", lambda: {"toy": ""})
+    monkeypatch.setattr(run, "find", lambda *_: Host(run.ROOT, "9.9"))
+    monkeypatch.setattr(Host, "python", lambda *_: pytest.fail("an environment is made"))
+    monkeypatch.setenv("LATENTMOTION_CACHE", str(tmp_path / "cache"))
+    assert run.main([argument.replace("FILE", str(tmp_path / "FILE")) for argument in command]) == 1
+    said = capsys.readouterr().out
+    assert f"cannot be written to {tmp_path / place}: " in said and "copy this checkout" in said
