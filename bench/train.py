@@ -31,8 +31,9 @@ from ..host import paths
 from ..host.dataset import STILLS, film_camera
 from ..host.inflate import MotionSettings, apply_motion
 from ..host.motion import MotionModule, add_motion_lora
-from ..host.options import HALF_NOISIEST, NOISE_LEVELS, lora_training
+from ..host.options import NOISE_LEVELS, lora_training
 from ..host.train import train_motion_lora
+from ..host.train_words import HALF_NOISIEST
 from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
 from .camera import CAMERAS, Camera, Clip, stills

@@ -160,14 +160,14 @@ def clip_frames(base: Any, x: Tensor, options: dict, own: int = 0) -> int:
     if own and others != own:
         said = f"clips of {others} frames" if others else "the whole batch as one clip"
         raise ClipError(
-            f"ST-Attention is set to clips of {own} frames, and Apply Motion Module takes {said}. Set "
-            "frames to the same number on both."
+            f"ST-Attention or Load Tuned Video Model is set to clips of {own} frames, and Apply Motion Module takes "
+            f"{said}. Set frames to the same number on both."
         )
     frames = others or images
     if images % frames:
         raise ClipError(
             f"The batch holds {images} images, which {frames} frames per clip do not divide. Set frames "
-            f"to 0 for one clip of {images} frames, or change the batch."
+            f"of ST-Attention or Load Tuned Video Model to 0 for one clip of {images} frames, or change the batch."
         )
     return frames
 

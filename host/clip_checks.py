@@ -27,9 +27,9 @@ def window_length(model_options: dict, frames: int) -> int:
 def check_one_clip(model_options: dict, frames: int, length: int) -> None:
     """Raise ClipError where windows would run over a batch of so many frames that holds clips of `length`."""
     if length not in (0, frames) and window_length(model_options, frames):
-        raise ClipError(f"frames is {length} on Apply Motion Module or ST-Attention, so that {frames} frames are "
-                        "several clips, and context windows run over all of them. Set frames to 0 if they are one "
-                        "clip; make several long clips one after the other.")
+        raise ClipError(f"frames is {length} on Apply Motion Module, ST-Attention or Load Tuned Video Model, so that "
+                        f"{frames} frames are several clips, and context windows run over all of them. Set frames to 0 "
+                        "if they are one clip; make several long clips one after the other.")
 
 
 def agreed(counts: Iterable[int]) -> int:

@@ -87,7 +87,7 @@ def dataset_of(clips: Any, captions: str = "", clip_length: int = 0) -> Dataset:
     """
     if isinstance(clips, Dataset):
         if captions.strip():
-            raise TrainingError("The dataset brings its captions, and captions on this node is not empty. Empty it.")
+            raise TrainingError("The dataset brings its captions, and so captions on this node must be empty.")
         return clips
     film = clip_of(clips)
     return Dataset((film_of_parts(FROM_GRAPH, film, clip_length, captions),))
@@ -133,8 +133,8 @@ def encoded(film: Film, encode: Callable[[Clip], Tensor]) -> Tensor:
     """The film's latents. Raises TrainingError where they are not all numbers, as nothing can be learned from them."""
     made = encode(film.clip)
     if not made.isfinite().all():
-        raise TrainingError(f"What the VAE makes of {film.name} are not all numbers (NaN or infinite). If its pictures "
-                            "are whole, let the VAE compute in float32: start ComfyUI with --fp32-vae.")  # fmt: skip
+        raise TrainingError(f"The VAE's latents of {film.name} hold NaN or infinite values. If its pictures are "
+                            "whole, let the VAE compute in float32: start ComfyUI with --fp32-vae.")  # fmt: skip
     return made
 
 

@@ -145,14 +145,15 @@ def load_unet(folder: Path = config.WEIGHTS) -> comfy.model_patcher.ModelPatcher
 
 def _present(path: Path) -> Path:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing. Make it with: python3 scripts/run.py train-demo")
+        raise FileNotFoundError(f"{path} is missing. It comes with the pack: get it again with git checkout "
+                                "demo/weights in the pack's folder, or install the pack anew.")
     return path
 
 
 def _refuse(path: Path, names: list[str]) -> None:
     if names:
         raise ValueError(f"{path} does not belong to this version of the pack: {names[0]} does not match. "
-                         "Make it anew with: python3 scripts/run.py train-demo")
+                         "Get it again with git checkout demo/weights in the pack's folder, or install the pack anew.")
 
 
 def adapter_layers() -> dict[str, str]:

@@ -85,7 +85,7 @@ def text_embedding(clip: Any, text: str, width: int) -> Tensor:
             return _embed(clip, tower, tokens)
         unloaded = unloaded or found[-1] == width
     if unloaded:
-        raise ModelMismatchError("The file of this CLIP has no text projection, as that of SD1.x checkpoints has not, "
+        raise ModelMismatchError("The file of this CLIP has no text projection (SD1.x checkpoints hold none), "
                                  "and without it text and pictures cannot be compared. Load the whole text encoder "
                                  "with Load CLIP, clip_l.safetensors for instance.")  # fmt: skip
     has = f"vectors of {' and '.join(map(str, found))}" if found else "no CLIP text encoder"

@@ -12,13 +12,14 @@ from ..motion_modules.errors import CheckpointError, check_choice
 from ..motion_modules.temporal_vae.decode import EXACT, STREAMING
 from ..motion_modules.tune_a_video.attention import Reach
 from ..motion_modules.tune_a_video.checkpoint import QUERIES
-from ..sampling.frame_values import FrameValues, frame_values, parse_frame_values
+from ..sampling.frame_values import FrameValueError, FrameValues, frame_values, parse_frame_values
 from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
 from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
 from ..training.recipe import Recipe
 from . import paths
+from .train_words import ALL_ALIKE, ALL_LAYERS, LEVELS
 
 if TYPE_CHECKING:
     from .attention import FrameAttention
@@ -49,8 +50,6 @@ GO_ON, START_OVER = "go on", "start over"
 EXISTING = [GO_ON, START_OVER]
 V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
 CONVOLUTION_LAYOUT = "temporal convolution (ablation)"
-ALL_ALIKE, HALF_NOISIEST = "all alike", "half from the noisiest"
-LEVELS = {ALL_ALIKE: ((0.0, 1.0),), HALF_NOISIEST: ((0.0, 1.0), (0.85, 1.0))}
 NOISE_LEVELS = [*LEVELS]
 LAYOUTS = [V3_LAYOUT, V2_LAYOUT, CONVOLUTION_LAYOUT]
 MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
@@ -106,8 +105,8 @@ def settings(
     ):
         check_choice(name, choice, known)
     return MotionSettings(
-        strength=_per_frame(strength, strength_per_frame),
-        scale=_per_frame(motion_scale, motion_scale_per_frame),
+        strength=_per_frame("strength", strength, strength_per_frame),
+        scale=_per_frame("motion_scale", motion_scale, motion_scale_per_frame),
         start=start_percent,
         end=end_percent,
         frames=frames,
@@ -118,8 +117,14 @@ def settings(
     )
 
 
-def _per_frame(number: float, value: Any) -> FrameValues:
-    return frame_values(number, parse_frame_values(value) if isinstance(value, str) else value)
+def _per_frame(name: str, number: float, value: Any) -> FrameValues:
+    """A widget and the input for its values per frame. Raises ValueError that names the one that cannot be read."""
+    try:
+        return frame_values(number, parse_frame_values(value) if isinstance(value, str) else value)
+    except FrameValueError as error:
+        raise ValueError(f"{name}_per_frame: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _schedule(module: MotionModule, choice: str) -> Schedule | None:
@@ -200,7 +205,7 @@ def lora_training(
     from .train import LoraTraining
 
     check_choice("noise_levels", noise_levels, NOISE_LEVELS)
-    trains = tuple(layers.replace(",", " ").split()) or (".to_",)
+    trains = tuple(layers.replace(",", " ").split()) or (ALL_LAYERS,)
     recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, trains=trains,
                           levels=LEVELS[noise_levels], **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_LORAS, file_name)

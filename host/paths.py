@@ -54,11 +54,14 @@ def state_of(folder: str, name: str | None) -> object:
 
 
 def new_file(folder: str, name: str) -> Path:
-    """Where a file of this name is to be written: the user's first folder of the kind.
+    """Where a file of this name is to be written: the user's first folder of the kind that is in no custom node pack,
+    as it would go when that is removed.
 
     Raises CheckpointError for a name that is none, or that leads out of that folder.
     """
-    root = Path(folder_paths.get_folder_paths(folder)[0])
+    folders = [Path(path) for path in folder_paths.get_folder_paths(folder)]
+    packs = [Path(path) for path in folder_paths.get_folder_paths("custom_nodes")]
+    root = next((path for path in folders if not any(path.is_relative_to(pack) for pack in packs)), folders[0])
     stem = name.strip().removesuffix(".safetensors")
     path = (root / f"{stem}.safetensors").resolve()
     if not stem or not path.is_relative_to(root.resolve()) or path.name.startswith("."):
@@ -68,19 +71,27 @@ def new_file(folder: str, name: str) -> Path:
 
 def missing_file(folder: str, name: str, kind: str = "") -> str:
     """The sentence for a shared workflow that names a file this user lacks. kind: TUNED for those among modules."""
-    kind = kind or {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA", VAES: "VAE"}[folder]
+    kind = kind or {MOTION_MODULES: "motion module", MOTION_LORAS: "MotionLoRA", VAES: "temporal VAE"}[folder]
     fitting = [candidate for candidate in list_files(folder) if _fits(folder, candidate, kind)]
     if not fitting:
-        return (f"The {kind} {name} is not in your {folder} folder, and neither is any other. Put one into "
-                f"{Path(folder_paths.models_dir) / folder} and refresh the page.")
+        return (f"The {kind} {name} is not in your {folder} folder, and neither is any other{_but_ours(folder)}. Put "
+                f"one into {Path(folder_paths.models_dir) / folder} and refresh the page.")
     closest = difflib.get_close_matches(name, fitting, n=5, cutoff=0.0)
     return (f"The {kind} {name} is not in your {folder} folder. Of the files you have, these would fit: "
             f"{', '.join(closest)}.")
 
 
+def _but_ours(folder: str) -> str:
+    listed = (Path(folder_paths.get_full_path(folder, name) or name) for name in list_files(folder))
+    return " but the demo's" if any(path.is_relative_to(DEMO_WEIGHTS) for path in listed) else ""
+
+
 def _fits(folder: str, name: str, kind: str = "") -> bool:
-    """Whether a file is of the right kind, as far as its header tells; pickles have none and count as fitting."""
+    """Whether a file is of the right kind, as far as its header tells; pickles have none and count as fitting. The
+    demo's fit no checkpoint that anyone has."""
     path = Path(folder_paths.get_full_path(folder, name) or name)
+    if path.is_relative_to(DEMO_WEIGHTS):
+        return False
     if path.suffix not in (".safetensors", ".sft"):
         return True
     try:

@@ -42,10 +42,11 @@ from .resident import resident
 from .samples import Samples
 from .schedule import set_schedule
 from .train_loss import Conditions, loss_scale, noise_loss, precision_of, working_type
+from .train_words import other_settings
 from .training_layers import heavy_layers, layers_of
 from .unet import CALLS, MotionSlot, check_fit, host_affine, inflated, joint_norms
 
-IDENTITY = ("about", "likeness")  # what a recipe says of clips and models
+MATERIAL = "clips, captions, frames or models"
 log = logging.getLogger(__name__)
 
 
@@ -234,7 +235,7 @@ def learn(parameters: dict[str, nn.Parameter], loss_of: Callable, recipe: Recipe
             loss_scale=scale, finish=write)  # fmt: skip
         how.report.written(how.path)
     except (Stopped, comfy.model_management.InterruptProcessingException):  # the host's layers answer Cancel as well
-        log.info("Training stopped after step %d; run the workflow again to go on. Its state: %s",
+        log.info("Training stopped after step %d; run it again to go on. Its state: %s",
                  len(losses), how.state)  # fmt: skip
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
@@ -288,10 +289,10 @@ def signed(how: Training, learned: Material, patchers: list[ModelPatcher]) -> Re
                    precision=precision, recompute=how.recompute)  # fmt: skip
 
 
-def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or settings") -> bool:
+def is_finished(how: Training, recipe: Recipe, material: str = MATERIAL) -> bool:
     """Whether the file is there already, or else what the run has to begin with: nothing, or a state of its own.
 
-    about: what the recipe's `about` stands for, in words. Raises TrainingError where something else would be replaced,
+    material: the clips and models, in words. Raises TrainingError where something else would be replaced,
     or cannot be read. Starting over it is replaced, and a state that is another's or damaged is deleted.
     """
     if not how.go_on:
@@ -306,13 +307,10 @@ def is_finished(how: Training, recipe: Recipe, about: str = "clips, models or se
         raise TrainingError(f"{how.path} is there already, and was made with other settings or clips. Choose another "
                             "file_name, or set existing to 'start over' to replace it.")  # fmt: skip
     began = read_state_recipe(how.state)
-    other = [] if began is None else recipe.differences(began)
+    other = [] if began is None else other_settings(recipe, began, material)
     if other:
-        now = recipe.told()
-        said = [f"{name} {_said(began[name])} (now {_said(now.get(name))})" for name in other if name not in IDENTITY]
-        said += [about] * any(name in IDENTITY for name in other)
         raise TrainingError(f"An interrupted training of {how.path.name} was begun with other settings: "
-                            f"{', '.join(said)}. Set them back to go on with it, choose another file_name, or set "
+                            f"{', '.join(other)}. Set them back to go on with it, choose another file_name, or set "
                             "existing to 'start over'.")  # fmt: skip
     return False
 
@@ -324,8 +322,3 @@ def _goes_on(state: Path, recipe: Recipe) -> bool:
     except TrainingError:
         return False
     return began is None or not recipe.differences(began)
-
-
-def _said(value: Any) -> str:
-    """A value of a recipe in a sentence."""
-    return " and ".join(map(_said, value)) if isinstance(value, list) else str(value)

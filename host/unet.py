@@ -16,7 +16,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel, 
 from torch import Tensor, nn
 
 from ..motion_modules.animatediff.network import TemporalTransformer
-from ..motion_modules.animatediff.spec import SLOT, JointNorms, MotionSpec, family_of
+from ..motion_modules.animatediff.spec import DEMO, SLOT, JointNorms, MotionSpec, family_of
 from ..motion_modules.call import MotionCall
 from ..motion_modules.errors import ModelMismatchError
 from ..motion_modules.norm import joint_group_norm
@@ -105,8 +105,9 @@ def check_fit(unet: Any, spec: MotionSpec, name: str) -> None:
         block = block_of(unet, spec, slot)
         fits = fits and block is not None and _channels(block) == channels
     if not fits:
+        load = "use Load Demo Models" if spec.family == DEMO else f"load a checkpoint of {spec.family}"
         raise ModelMismatchError(f"{name} is a motion module for {spec.family}, and this MODEL is {family(unet)}. "
-                                 f"Choose a motion module for {family(unet)}, or load a checkpoint of {spec.family}.")
+                                 f"Choose a motion module for {family(unet)}, or {load}.")
 
 
 def _insert(block: nn.Module, slot: MotionSlot, middle: bool) -> None:

@@ -62,7 +62,8 @@ class Codec:
         names = " or ".join(name for name, _ in self.encoders)
         raise VideoError(
             f"This ComfyUI cannot write {self.name} video: its PyAV was built without {names}. "
-            "Choose another format, or install PyAV from its wheel: pip install --force-reinstall av"
+            "Choose another format, or install PyAV from its wheel with ComfyUI's own Python: python -m pip install "
+            "--force-reinstall av"
         )
 
 

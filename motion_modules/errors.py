@@ -29,4 +29,4 @@ def check_choice(name: str, choice: str, known: Iterable[str]) -> None:
     """Raise ValueError for a widget's choice that does not exist; some hosts do not check those of V3 nodes."""
     known = list(known)
     if choice not in known:
-        raise ValueError(f"{name} is '{choice}', which is none of its choices: {', '.join(known)}.")
+        raise ValueError(f"{name} is '{choice}', which is not one of its choices: {', '.join(known)}.")

@@ -80,8 +80,8 @@ def filled(node: type[io.ComfyNode], file: files.TrainingFile, table: str, **kno
     widgets = [item for item in node.GET_SCHEMA().inputs if item.get_io_type() in WIDGETS]
     unknown = sorted(set(said) - {item.id for item in widgets})
     if unknown:
-        raise ValueError(f"{file.path.name}: [{table}] has {unknown[0]}, which {node.GET_SCHEMA().display_name} has "
-                         f"not. There are: {', '.join(item.id for item in widgets)}.")  # fmt: skip
+        raise ValueError(f"{file.path.name}: [{table}] has {unknown[0]}, which {node.GET_SCHEMA().display_name} does "
+                         f"not have. There are: {', '.join(item.id for item in widgets)}.")  # fmt: skip
     name = f"{file.path.name}: {{}}"
     return known | {item.id: _checked(item, said.get(item.id, item.default), name.format(item.id))
                     for item in widgets if item.id not in known}  # fmt: skip

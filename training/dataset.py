@@ -147,4 +147,4 @@ def _frames(count: int) -> str:
 
 
 def _others(count: int) -> str:
-    return f"So it is with {count} other clip{'s' * (count != 1)}. " if count else ""
+    return f"{count} other clip{' is' if count == 1 else 's are'} too short as well. " if count else ""

@@ -113,9 +113,10 @@ def captions_of(folder: Path, files: list[Path], otherwise: str = "") -> dict[Pa
     if bare:
         first = Path(bare[0]).with_suffix(".txt")
         raise TrainingError(
-            f"{len(bare)} of the {len(files)} videos in {folder} have no caption: {some(bare)}. Write what each shows "
-            f"into a text file beside it ({first}) or into one CSV file with the columns file and caption, or set "
-            "caption on the node to one for all that have none."
+            f"{len(bare)} of the {len(files)} videos in {folder} {'has' if len(bare) == 1 else 'have'} no caption: "
+            f"{some(bare)}. Write what each shows into a text file beside it ({first}) or into one CSV file with the "
+            "columns file and caption, or set caption of Load Video Dataset (in a recipe, of its data) to one for all "
+            "that have none."
         )
     return texts
 

@@ -117,7 +117,7 @@ class _Run:
         if self.bad >= MOST_BAD:
             raise TrainingError(
                 f"{recipe.name}: the loss is not a number any more since step {self.step - self.bad + 1}, so nothing "
-                "can be learned from it. Lower the learning rate and start again."
+                "can be learned from it. Lower learning_rate, and begin again with existing at 'start over'."
             )
         self.consistent = True
 

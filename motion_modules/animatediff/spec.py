@@ -10,6 +10,8 @@ SLOT = re.compile(r"^(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?motion_modul
 
 SD15_LEVELS = (320, 640, 1280, 1280)
 SDXL_LEVELS = (320, 640, 1280)
+DEMO_LEVELS = 64, 128  # of the pack's own
+DEMO = "the demo's image model"
 
 
 class Schedule(str, Enum):
@@ -98,6 +100,6 @@ class MotionSpec:
 
 def family_of(levels: tuple[int, ...], layers: int) -> str:
     """Name the image model whose UNet has these widths, finest level first, and so many layers on each."""
-    known = {(SD15_LEVELS, 2): "SD1.x / SD2.x", (SDXL_LEVELS, 2): "SDXL"}
+    known = {(SD15_LEVELS, 2): "SD1.x / SD2.x", (SDXL_LEVELS, 2): "SDXL", (DEMO_LEVELS, 1): DEMO}
     widths = ", ".join(map(str, levels))
     return known.get((levels, layers), f"a UNet of widths {widths} with {layers} layer{'s' * (layers > 1)} each")

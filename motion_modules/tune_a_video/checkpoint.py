@@ -202,7 +202,11 @@ def _kinds() -> Iterator[tuple[Test, str]]:
     yield lambda t: not t, "holds no tensors at all. Choose a file that Tune-A-Video or Tune Video Model has written."
     yield _any(".temp_attentions."), ("is a text-to-video UNet of the ModelScope kind, which is another network; it is "
                                       "not supported.")  # fmt: skip
-    yield _any("motion_modules."), "is a motion module or a MotionLoRA. Load it with Load Motion Module."
+    yield (
+        (lambda t: _any("motion_modules.")(t) and _any("lora")(t)),
+        "is a MotionLoRA. Load it with Load MotionLoRA.",
+    )
+    yield _any("motion_modules."), "is a motion module. Load it with Load Motion Module."
     yield _any("lora"), "is a LoRA. Move it to models/loras and use the Load LoRA node for it."
     yield _any("model.diffusion_model."), "is a whole image checkpoint. Load it with Load Checkpoint."
     yield (

@@ -17,6 +17,8 @@ import tiny_host
 import torch
 from comfy.model_patcher import ModelPatcher
 from helpers_motion import motion_module
+from latentmotion.demo import config as demo_config
+from latentmotion.host import paths
 from latentmotion.host.motion import MotionModule
 from latentmotion.motion_modules.animatediff import spec as specs
 from latentmotion.motion_modules.animatediff.spec import MotionSpec
@@ -179,6 +181,13 @@ def test_a_missing_motion_module_names_those_that_would_fit(models: Path, pack_n
     assert validated(pack_nodes, LOAD, motion_module="toy.ckpt") is True
 
 
+def test_the_demos_files_are_not_recommended(models: Path, pack_nodes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "DEMO_WEIGHTS", models)
+    save_file(module_file(), models / "toy.safetensors")
+    said = validated(pack_nodes, LOAD, motion_module="mm_sd_v15_v2.ckpt")
+    assert "mm_sd_v15_v2.ckpt is not in your animatediff_models folder, and neither is any other but the demo's" in said
+
+
 def test_a_missing_motion_lora_names_those_that_would_fit(loras: Path, pack_nodes: dict) -> None:
     save_file(lora_file(), loras / "zoom_in.safetensors")
     save_file(module_file(), loras / "zoom_module.safetensors")
@@ -237,11 +246,20 @@ def test_sdxl_module_on_sd15_and_the_reverse(run_node: Run) -> None:
         apply(run_node, sdxl, v3)
 
 
+def test_the_demos_module_on_sd15_is_sent_to_the_demo(run_node: Run) -> None:
+    config = demo_config.UNET
+    widths = tuple(config["model_channels"] * times for times in config["channel_mult"])
+    toy = motion_module(widths=widths, layers=config["num_res_blocks"][0])
+    said = "is a motion module for the demo's image model, and this MODEL is SD1.x / SD2.x. .* use Load Demo Models."
+    with pytest.raises(ModelMismatchError, match=said):
+        apply(run_node, full_size(comfy.supported_models.SD15, tiny_host.sd15_config(320, 768)), toy)
+
+
 @pytest.mark.parametrize("layout", [{"widths": (32, 64, 128)}, {"widths": (64, 128)}, {"widths": (32,)},
                                     {"widths": (32, 64), "layers": 2}, {"widths": (32, 64, 64), "layers": 1}])
 def test_other_widths_and_depths(layout: dict, image: ModelPatcher, run_node: Run) -> None:
-    with pytest.raises(ModelMismatchError, match="is a motion module for a UNet of widths .*this MODEL is a UNet of "
-                                                 "widths 32, 64 with 1 layer each. Choose"):
+    with pytest.raises(ModelMismatchError, match="is a motion module for (a UNet of widths|the demo).*this MODEL is a "
+                                                 "UNet of widths 32, 64 with 1 layer each. Choose"):
         apply(run_node, image, motion_module(**layout))
 
 

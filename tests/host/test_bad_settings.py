@@ -106,21 +106,21 @@ def test_an_impossible_part_of_the_run(start: float, end: float, sentence: str, 
 
 @pytest.mark.parametrize("setting", ["noise_schedule", "positions", "group_norm"])
 def test_a_choice_that_does_not_exist(setting: str, image: ModelPatcher, module: MotionModule, run_node: Run) -> None:
-    with pytest.raises(ValueError, match=f"{setting} is 'as if', which is none of its choices: as trained, "):
+    with pytest.raises(ValueError, match=f"{setting} is 'as if', which is not one of its choices: as trained, "):
         apply(run_node, image, module, **{setting: "as if"})
 
 
 @pytest.mark.parametrize(("value", "sentence"), [
-    ("fast, slow", 'cannot read "fast"'),
-    ("0: 1, 0: 2", "frame 0 has two values"),
-    ("", "are an empty list"),
-    ([], "are an empty list"),
+    ("fast, slow", '"fast" in "fast, slow" cannot be read'),
+    ("0: 1, 0: 2", "Frame 0 has two values"),
+    ("", "The list is empty"),
+    ([], "The list is empty"),
     ([1.0, float("nan")], "NaN or infinite"),
-    (torch.zeros(2, 2, 2, 2), "masks of shape"),
-    (torch.zeros(0, 8, 8), "masks of shape"),
+    (torch.zeros(2, 2, 2, 2), "Masks of shape"),
+    (torch.zeros(0, 8, 8), "Masks of shape"),
 ])
 @pytest.mark.parametrize("setting", ["strength_per_frame", "motion_scale_per_frame"])
 def test_per_frame_values_that_cannot_be_read(setting: str, value: object, sentence: str, image: ModelPatcher,
                                               module: MotionModule, run_node: Run) -> None:
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=f"{setting}: .*{sentence}"):
         apply(run_node, image, module, **{setting: value})

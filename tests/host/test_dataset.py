@@ -227,5 +227,5 @@ def test_a_camera_over_pictures_of_two_sizes_asks_for_one():
 
 
 def test_a_camera_names_choices_it_does_not_know():
-    with pytest.raises(ValueError, match="motion is 'fly', which is none of its choices: zoom in"):
+    with pytest.raises(ValueError, match="motion is 'fly', which is not one of its choices: zoom in"):
         data.film_camera(pictures(1), "x", **CAMERA | {"motion": "fly"})

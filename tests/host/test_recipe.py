@@ -180,10 +180,10 @@ def test_toml_is_read(folder: Path) -> None:
     ({"loras": {"a.safetensors": "one"}}, r"a.safetensors in \[loras\] is 'one', where its strength is needed"),
     ({"loras": {"a.safetensors": float("nan")}}, r"a.safetensors in \[loras\] is nan, where"),
     ({"settings": "fast"}, "settings is 'fast', where a table is needed"),
-    ({"settings": {"stepz": 3}}, r"\[settings\] has stepz, which Train MotionLoRA has not. There are: captions"),
+    ({"settings": {"stepz": 3}}, r"\[settings\] has stepz, which Train MotionLoRA does not have. There are: captions"),
     ({"settings": {"steps": "3"}}, "steps is '3', where int is needed"),
     ({"settings": {"steps": 0}}, "steps is 0, and must lie between 1 and"),
-    ({"camera": {"motion": "fly"}}, "motion is 'fly', which is none of its choices: zoom in"),
+    ({"camera": {"motion": "fly"}}, "motion is 'fly', which is not one of its choices: zoom in"),
     ({"data": {"folder": "empty"}}, "There is no folder"),
 ])  # fmt: skip
 def test_what_a_recipe_gets_wrong_is_said(folder: Path, changes: dict, sentence: str) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 
 import comfy.model_management
 import comfy_extras.nodes_model_advanced as hosts_nodes
+import folder_paths
 import pytest
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from helpers_motion import inflate
 from helpers_train import FRAMES, WIDGETS, Pictures, Recorder, Text, small_module
-from latentmotion.host import options, train, train_stages, tune, tuned
+from latentmotion.host import options, paths, train, train_stages, tune, tuned
 from latentmotion.host.attention import FrameAttention, apply_frame_attention
 from latentmotion.motion_modules.errors import LatentMotionError
 from test_train_lora import clip_of_a_moving_edge
@@ -80,12 +81,25 @@ def test_another_run_is_not_taken_for_this_one(room: Room, folder: Path, what: s
     """Neither its state nor its file: what was mended in the graph is never answered with what was there before."""
     room.cancel()
     other = OTHERS[what](room)
-    with pytest.raises(LatentMotionError, match="was begun with other settings: clips, models or settings"):
+    with pytest.raises(LatentMotionError, match="was begun with other settings: clips, captions, frames or models"):
         room.learn(**other)
     room.learn()
     with pytest.raises(LatentMotionError, match="was made with other settings or clips"):
         room.learn(**other)
     assert len(room.learn(**other, existing="start over")) == WIDGETS["steps"]
+
+
+def test_other_settings_are_named_as_the_widgets_are(room: Room, folder: Path) -> None:
+    room.cancel()
+    now = {"batch_size": 3, "rank": 2, "high_noise_weight": 9.0, "noise_levels": "half from the noisiest",
+           "layers": "to_q, to_k"}  # fmt: skip
+    with pytest.raises(LatentMotionError, match="was begun with other settings: ") as stopped:
+        room.learn(**now)
+    said = str(stopped.value)
+    for part in ("(now 3)", "high_noise_weight 1 (now 9)", "noise_levels all alike (now half from the noisiest)",
+                 "layers empty (now to_q, to_k)", "rank 4 (now 2)"):  # fmt: skip
+        assert part in said, said
+    assert "or models" not in said
 
 
 def test_rounding_makes_no_other_run(room: Room, folder: Path) -> None:
@@ -132,7 +146,7 @@ def test_a_finished_training_needs_no_state(room: Room, folder: Path) -> None:
 
 
 def test_pictures_that_cannot_be_encoded_are_named(room: Room, folder: Path) -> None:
-    with pytest.raises(LatentMotionError, match=r"What the VAE makes of The clip are not all numbers"):
+    with pytest.raises(LatentMotionError, match=r"The VAE's latents of The clip hold NaN or infinite values"):
         room.learn(vae=Pictures(off=float("nan")))
     assert not list(folder.iterdir())
 
@@ -198,3 +212,14 @@ def test_what_other_nodes_put_around_sampling_stays_out(room: Room, folder: Path
     for kind in (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL):
         model.add_wrapper_with_key(kind, "a cache", refuse)
     assert room.learn(model=model)[-1] == WIDGETS["steps"]
+
+
+def test_no_training_is_written_into_another_pack(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Packs put folders of their own before the user's, and they go with what is in them."""
+    paths.register_folders()
+    packs = tmp_path / "custom_nodes"
+    kind, (folders, endings) = paths.MOTION_LORAS, folder_paths.folder_names_and_paths[paths.MOTION_LORAS]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "custom_nodes", ([str(packs)], set()))
+    theirs = [str(packs / "Other" / "motion_lora"), *folders]
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, (theirs, endings))
+    assert paths.new_file(kind, "edge") == Path(folders[0]).resolve() / "edge.safetensors"

@@ -137,7 +137,7 @@ def test_the_adapter_is_in_place_while_the_module_learns(model, folder, monkeypa
 
 @pytest.mark.parametrize(("widgets", "sentence"), [
     ({"frames": 33}, "The new motion module knows 32 frame positions"),
-    ({"layout": "v9"}, "layout is 'v9', which is none of its choices"),
+    ({"layout": "v9"}, "layout is 'v9', which is not one of its choices"),
     ({"frames": 5}, "has 4 frames, and 5 frames need 5"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_said(model, folder, monkeypatch, widgets: dict, sentence: str) -> None:

@@ -230,7 +230,7 @@ def test_what_cannot_work_is_said(model, folder, monkeypatch):
         learn(apply_frame_attention(model, FrameAttention()), monkeypatch)
     with pytest.raises(ValueError, match="is no name for a file"):
         learn(model, monkeypatch, file_name="../outside")
-    with pytest.raises(ValueError, match="none of its choices"):
+    with pytest.raises(ValueError, match="not one of its choices"):
         learn(model, monkeypatch, existing="maybe")
 
 

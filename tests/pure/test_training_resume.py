@@ -98,7 +98,7 @@ def test_steps_that_overflow_are_left_out_and_endless_ones_reported():
     factor = {1: float("inf")}
     fit(dict(layer.named_parameters()), lambda n, _: layer.weight.sum() * factor.get(n, 1.0), recipe, loss_scale=256.0)
     assert layer.weight.isfinite().all() and not torch.equal(layer.weight, before)
-    with pytest.raises(TrainingError, match="not a number any more since step 4, .* Lower the learning rate"):
+    with pytest.raises(TrainingError, match="not a number any more since step 4, .* Lower learning_rate"):
         bad = lambda n, _: layer.weight.sum() * (1.0 if n < 3 else float("nan"))  # noqa: E731
         fit(dict(layer.named_parameters()), bad, recipe)
 
