@@ -18,7 +18,7 @@ class LoadTemporalVae(io.ComfyNode):
         return io.Schema(
             node_id="LatentMotionLoadTemporalVAE",
             display_name="Load Temporal VAE",
-            category=f"{CATEGORY}/decode",
+            category=f"{CATEGORY}/vae",
             description="Loads a VAE whose decoder looks across frames: that of Stable Video Diffusion, also in "
             "diffusers' layout, or the fine-tuned one of Reuse and Diffuse. Both decode latents of SD1.x and SD2.x.",
             inputs=[
@@ -50,7 +50,7 @@ class TemporalVaeDecode(io.ComfyNode):
         return io.Schema(
             node_id="LatentMotionTemporalVAEDecode",
             display_name="Temporal VAE Decode",
-            category=f"{CATEGORY}/decode",
+            category=f"{CATEGORY}/vae",
             description="Decodes the latents of clips with bounded memory. With the VAE of Stable Video Diffusion or "
             "of Reuse and Diffuse neighbouring frames agree, without seams; other VAEs decode frame by frame.",
             inputs=[
@@ -110,7 +110,7 @@ class TemporalVaeEncode(io.ComfyNode):
         return io.Schema(
             node_id="LatentMotionTemporalVAEEncode",
             display_name="Temporal VAE Encode",
-            category=f"{CATEGORY}/decode",
+            category=f"{CATEGORY}/vae",
             description="Encodes a video a few frames at a time, so that it is never in memory as pictures, and the "
             "same way however much memory there is.",
             inputs=[

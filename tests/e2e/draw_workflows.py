@@ -70,7 +70,8 @@ LAYOUTS = {
         (((NOTE, 1, 2), (3, 4, 5, 6), (7,), (8, 9), (10,)),),
         "**Text to video**\n\nThe motion module makes the image model draw 16 frames that belong together. The demo "
         "models know coloured shapes that move right, left, up or down.\n\nFor real videos, replace *Load Demo Models* "
-        "by *Load Checkpoint* and choose a motion module for that checkpoint.",
+        "by *Load Checkpoint*, choose a motion module for that checkpoint, and set width and height to 512 and cfg to "
+        "about 7: 128 x 128 and cfg 2 suit only the demo.",
     ),
     "motion_lora": Layout(
         (((NOTE, 1, 2), (11, 4, 5, 6), (3,), (7,), (8, 9), (10,)),),
@@ -82,7 +83,8 @@ LAYOUTS = {
         "**Train MotionLoRA**\n\nThe image model draws eight stills, *Camera Motion Clips* zooms into them, and *Train "
         "MotionLoRA* teaches the motion module that zoom. 16 steps only show how it works. On the demo models, 300 "
         "steps with batch_size 4 and high_noise_weight 200, on 48 stills, taught the zoom. *Cancel* keeps what was "
-        "learned; run again to go on.\n\nFor pictures or videos of your own, connect *Load Video Dataset* to *clips*.",
+        "learned; run again to go on.\n\nFor pictures or videos of your own, connect *Load Video Dataset* to *clips* "
+        "of *Camera Motion Clips* and empty its *captions*.",
         ("Reference clips", "Training, and a clip with the new MotionLoRA"),
     ),
     "train_motion_module": Layout(
@@ -127,16 +129,16 @@ LAYOUTS = {
         "**Continue a video**\n\n*DDIM Inversion* finds the noise of a video's last 16 frames, and *Reuse and Diffuse* "
         "starts 16 new ones from it in reverse and leads them away from the last frame: they begin where the video "
         "ends. *Latent Batch* puts the two together.\n\nA clip that was started so tends to go back, so the new "
-        "prompt says so. For a video of your own, upload it on *Load Video*, say in the upper prompt what it shows, "
-        "and load its end: skip_frames leaves out what comes before.\n\nA latent that was sampled can go straight to "
+        "prompt says so. For a video of your own, upload it on *Load Video (Lazy)*, say in the upper prompt what it "
+        "shows, and load its end: skip_frames leaves out what comes before.\n\nA latent that was sampled can go straight to "
         "*continue_from*, without the upper row.",
         ("A video, up to its noise", "The video goes on"),
     ),
     "stream_to_file": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8,), (10,)),),
-        "**Stream to file**\n\n*Temporal VAE Decode* gives a video that is decoded while *Save Video* writes it, a few "
-        "frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents are still "
-        "there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames also agree.",
+        "**Stream to file**\n\n*Temporal VAE Decode* gives a video that is decoded while *Save Video (Formats)* writes "
+        "it, a few frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents are "
+        "still there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames also agree.",
     ),
     "edit_a_video": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3,), (7,), (11,)), ((16, 12), (13,), (14, 15), (8, 9), (10,))),
@@ -152,7 +154,7 @@ LAYOUTS = {
         "Sampled from the clip's own noise with another prompt, the clip moves as before and shows what the words "
         "say: here a green circle in place of a red one.\n\n16 steps only show how it works: set steps to 60 for "
         "these models, 500 with a learning rate of 0.00003 for real ones. *Cancel* keeps what was learned; run again "
-        "to go on. For a clip of your own, upload it on *Load Video*, say what it shows in *prompt*, and choose "
+        "to go on. For a clip of your own, upload it on *Load Video (Lazy)*, say what it shows in *prompt*, and choose "
         "another *file_name*.",
         ("A clip, and the model that learns it", "Up to its noise, and down again with another prompt"),
     ),
@@ -174,8 +176,8 @@ LAYOUTS = {
         (((NOTE,), (6,), (7,), (8, 9)), ((1, 2, 10), (4, 5), (3, 11), (12,), (13,), (14,))),
         "**Video to video**\n\nA video is encoded, made noisy and sampled again with motion: *denoise* says how much "
         "of it may change. The edges of its frames keep things in place. Here the demo's clip of a red circle is to "
-        "become a green one; upload your own with the button on *Load Video*. The sound of the video is saved with "
-        "the new one.\n\nThe ControlNet here belongs to the demo models. With a real checkpoint, choose "
+        "become a green one; upload your own with the button on *Load Video (Lazy)*. The sound of the video is saved "
+        "with the new one.\n\nThe ControlNet here belongs to the demo models. With a real checkpoint, choose "
         "a canny ControlNet for it and set width and height to the checkpoint's size.",
         ("A video, its frames and their edges", "The same video, drawn anew"),
     ),
