@@ -130,15 +130,16 @@ LAYOUTS = {
         "starts 16 new ones from it in reverse and leads them away from the last frame: they begin where the video "
         "ends. *Latent Batch* puts the two together.\n\nA clip that was started so tends to go back, so the new "
         "prompt says so. For a video of your own, upload it on *Load Video (Lazy)*, say in the upper prompt what it "
-        "shows, and load its end: skip_frames leaves out what comes before.\n\nA latent that was sampled can go straight to "
-        "*continue_from*, without the upper row.",
+        "shows, and load its end: skip_frames leaves out what comes before.\n\nA latent that was sampled can go "
+        "straight to *continue_from*, without the upper row.",
         ("A video, up to its noise", "The video goes on"),
     ),
     "stream_to_file": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3, 11), (7,), (8,), (10,)),),
         "**Stream to file**\n\n*Temporal VAE Decode* gives a video that is decoded while *Save Video (Formats)* writes "
-        "it, a few frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents are "
-        "still there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames also agree.",
+        "it, a few frames at a time, so the length of the clip does not matter. If saving fails, the sampled latents "
+        "are still there.\n\nWith an SVD checkpoint's VAE or one from *Load Temporal VAE* neighbouring frames "
+        "also agree.",
     ),
     "edit_a_video": Layout(
         (((NOTE, 1, 2), (4, 5, 6), (3,), (7,), (11,)), ((16, 12), (13,), (14, 15), (8, 9), (10,))),
