@@ -104,6 +104,9 @@ def settings(
         ("image_attention", image_attention, ATTENTIONS),
     ):
         check_choice(name, choice, known)
+    possible = known_range(start_percent, end_percent)
+    if possible is not True:
+        raise ValueError(possible)
     return MotionSettings(
         strength=_per_frame("strength", strength, strength_per_frame),
         scale=_per_frame("motion_scale", motion_scale, motion_scale_per_frame),

@@ -17,6 +17,7 @@ MOTION_MODULES = "animatediff_models"
 MOTION_LORAS = "animatediff_motion_lora"
 VAES = "vae"
 TUNED = "tuned video model"
+LONGEST_NAME = 200  # bytes; file systems take 255, and a training's state has a longer name
 DEMO_WEIGHTS = Path(__file__).resolve().parent.parent / "demo" / "weights"
 
 
@@ -63,8 +64,9 @@ def new_file(folder: str, name: str) -> Path:
     packs = [Path(path) for path in folder_paths.get_folder_paths("custom_nodes")]
     root = next((path for path in folders if not any(path.is_relative_to(pack) for pack in packs)), folders[0])
     stem = name.strip().removesuffix(".safetensors")
-    path = (root / f"{stem}.safetensors").resolve()
-    if not stem or not path.is_relative_to(root.resolve()) or path.name.startswith("."):
+    odd = not stem.isprintable() or any(len(part.encode()) > LONGEST_NAME for part in stem.split("/"))
+    path = (root / f"{'' if odd else stem}.safetensors").resolve()
+    if odd or not stem or not path.is_relative_to(root.resolve()) or path.name.startswith("."):
         raise CheckpointError(f"'{name}' is no name for a file in {root}. Write one such as zoom_in or pans/left.")
     return path
 

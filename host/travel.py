@@ -21,6 +21,7 @@ from comfy.patcher_extension import WrappersMP
 from node_helpers import conditioning_set_values
 from torch import Tensor
 
+from ..motion_modules.errors import check_choice
 from ..sampling.travel import Interpolation, Travel, TravelError, parse_travel
 from .context import frame_axis
 from .inflate import KEY as MOTION
@@ -40,7 +41,9 @@ class Stop:
 
 
 def read_travel(prompts: str, interpolation: str, text_before: str = "", text_after: str = "") -> Travel:
-    """The travel that the widgets describe. Raises TravelError, naming the line."""
+    """The travel that the widgets describe. Raises TravelError, naming the line, and ValueError for a choice that
+    does not exist."""
+    check_choice("interpolation", interpolation, INTERPOLATIONS)
     return parse_travel(prompts, Interpolation(interpolation), text_before, text_after)
 
 
@@ -104,10 +107,25 @@ def _blended(cond: list[dict], frames: list[int], together: bool, conds: list) -
             continue
         groups.setdefault((marker.cond.travel, seen[marker.cond]), {})[marker.cond.number] = entry
         seen[marker.cond] += 1
+    _fill_in(groups)
     return [
         group[0] if isinstance(key, int) else _one_entry(group, key[0], frames, together)
         for key, group in groups.items()
     ]
+
+
+def _fill_in(groups: dict[Any, dict[int, dict]]) -> None:
+    """Where the host copied one prompt of a travel into an area that the opposite prompt has, with the others'.
+
+    It does so where the area has no prompt; an entry of a group is then the first of another one, in that area.
+    """
+    whole = {key[0]: group for key, group in groups.items()
+             if not isinstance(key, int) and len(group) == len(key[0].prompts)}  # fmt: skip
+    for key, group in groups.items():
+        if not isinstance(key, int) and key[0] in whole:
+            copy = next(iter(group.values()))
+            for number, entry in whole[key[0]].items():
+                group.setdefault(number, {**copy, "model_conds": entry["model_conds"]})
 
 
 def _one_entry(group: dict[int, dict], travel: Travel, frames: list[int], together: bool) -> dict:

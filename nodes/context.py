@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import context, options, reuse
+from .checked import Node
 from .sockets import CATEGORY, LatentPathSocket
 
 
-class SlidingContext(io.ComfyNode):
+class SlidingContext(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -95,7 +96,7 @@ def _blend_inputs() -> list[io.Input]:
     ]
 
 
-class ReuseAndDiffuse(io.ComfyNode):
+class ReuseAndDiffuse(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

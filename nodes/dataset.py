@@ -6,12 +6,13 @@ from comfy_api.latest import io
 
 from ..host import dataset as data
 from ..host.video import FITS
+from .checked import Node
 from .sockets import CATEGORY, VideoDatasetSocket
 
 DATASET_TIP = "Videos with captions, for the training nodes. Pictures are read when they are needed."
 
 
-class LoadVideoDataset(io.ComfyNode):
+class LoadVideoDataset(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -121,7 +122,7 @@ def _shot_inputs() -> list[io.Input]:
     ]
 
 
-class CollectClips(io.ComfyNode):
+class CollectClips(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -160,7 +161,7 @@ class CollectClips(io.ComfyNode):
         return io.NodeOutput(data.collect(clips, captions, clip_length, dataset))
 
 
-class CameraMotionClips(io.ComfyNode):
+class CameraMotionClips(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

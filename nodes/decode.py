@@ -9,10 +9,11 @@ from comfy_api.latest import io
 from ..host import options, paths, temporal_vae
 from ..host.encode import encode_video
 from ..host.vae import decode_video
+from .checked import Node
 from .sockets import CATEGORY
 
 
-class LoadTemporalVae(io.ComfyNode):
+class LoadTemporalVae(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -44,7 +45,7 @@ class LoadTemporalVae(io.ComfyNode):
         return io.NodeOutput(temporal_vae.load_temporal_vae(vae_name))
 
 
-class TemporalVaeDecode(io.ComfyNode):
+class TemporalVaeDecode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -104,7 +105,7 @@ def _decode_inputs() -> list[io.Input]:
     ]
 
 
-class TemporalVaeEncode(io.ComfyNode):
+class TemporalVaeEncode(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

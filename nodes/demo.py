@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import demo_models
+from .checked import Node
 from .sockets import CATEGORY
 
 
-class LoadDemoModels(io.ComfyNode):
+class LoadDemoModels(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

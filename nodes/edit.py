@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..host import evaluate, invert
+from .checked import Node
 from .sockets import CATEGORY, LatentPathSocket
 
 
-class DdimInversion(io.ComfyNode):
+class DdimInversion(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -126,7 +127,7 @@ def _way_inputs() -> list[io.Input]:
     ]
 
 
-class EvaluateVideo(io.ComfyNode):
+class EvaluateVideo(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -86,4 +86,4 @@ def _is_ours(error: ImportError | AttributeError) -> bool:
 def _display_names(file: str) -> dict[str, str]:
     """The names on the canvas of a file's nodes, by class. Read from its text: without an import there is no schema."""
     text = Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")
-    return dict(re.findall(r'^class (\w+)\(io\.ComfyNode\):.*?display_name="([^"]+)"', text, re.MULTILINE | re.DOTALL))
+    return dict(re.findall(r'^class (\w+)\(Node\):.*?display_name="([^"]+)"', text, re.MULTILINE | re.DOTALL))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import inflate, motion, options, paths
+from .checked import Node
 from .sockets import CATEGORY, MotionModuleSocket
 
 
-class LoadMotionModule(io.ComfyNode):
+class LoadMotionModule(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -44,7 +45,7 @@ class LoadMotionModule(io.ComfyNode):
         return io.NodeOutput(motion.load_motion_module(motion_module))
 
 
-class LoadMotionLora(io.ComfyNode):
+class LoadMotionLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -86,7 +87,7 @@ class LoadMotionLora(io.ComfyNode):
         return io.NodeOutput(motion.add_motion_lora(motion_module, motion_lora, strength))
 
 
-class ApplyMotionModule(io.ComfyNode):
+class ApplyMotionModule(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

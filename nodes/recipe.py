@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..host import recipe as files
 from ..host.video import known_video
-from ..motion_modules.errors import check_choice
+from .checked import check_widget
 from .dataset import CameraMotionClips, LoadVideoDataset
 from .train import TrainDomainAdapter, TrainMotionLora, TrainMotionModule
 from .tune import TuneVideoModel
@@ -91,11 +91,7 @@ def _checked(item: io.Input, value: Any, name: str) -> Any:
     kind = item.get_io_type()
     if not isinstance(value, WIDGETS[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
         raise ValueError(f"{name} is {value!r}, where {kind.lower()} is needed.")
-    least, most = getattr(item, "min", None), getattr(item, "max", None)
-    if (least is not None and value < least) or (most is not None and value > most):
-        raise ValueError(f"{name} is {value}, and must lie between {least} and {most}.")
-    if kind == "COMBO":
-        check_choice(name, value, item.options)
+    check_widget(item, value, name)
     return value
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import motion, options, paths, train, train_stages
+from .checked import Node
 from .sockets import CATEGORY, MotionModuleSocket, VideoDatasetSocket
 
 MODEL_TIP = "The image model, from before Apply Motion Module. It stays as it is."
 
 
-class TrainMotionLora(io.ComfyNode):
+class TrainMotionLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -73,7 +74,7 @@ class TrainMotionLora(io.ComfyNode):
         return io.NodeOutput(made, ui=how.report.shown())
 
 
-class TrainDomainAdapter(io.ComfyNode):
+class TrainDomainAdapter(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -115,7 +116,7 @@ class TrainDomainAdapter(io.ComfyNode):
         return io.NodeOutput(made, ui=how.report.shown())
 
 
-class TrainMotionModule(io.ComfyNode):
+class TrainMotionModule(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

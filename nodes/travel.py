@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import travel
+from .checked import Node
 from .sockets import CATEGORY
 
 EXAMPLE = """# frame: prompt
@@ -12,7 +13,7 @@ EXAMPLE = """# frame: prompt
 15: a green square moves right over a blue ground"""
 
 
-class PromptTravel(io.ComfyNode):
+class PromptTravel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import attention, options, paths, tune, tuned
+from .checked import Node
 from .sockets import CATEGORY
 from .train import file_input, run_inputs
 
 
-class STAttention(io.ComfyNode):
+class STAttention(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -54,7 +55,7 @@ def _frames_input() -> io.Input:
     )
 
 
-class LoadTunedVideoModel(io.ComfyNode):
+class LoadTunedVideoModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -96,7 +97,7 @@ class LoadTunedVideoModel(io.ComfyNode):
         return io.NodeOutput(tuned.load_tuned_model(model, tuned_model, strength, frames))
 
 
-class TuneVideoModel(io.ComfyNode):
+class TuneVideoModel(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

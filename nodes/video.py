@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..host import video as films
+from .checked import Node
 from .sockets import CATEGORY
 
 
-class LoadVideo(io.ComfyNode):
+class LoadVideo(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -105,7 +106,7 @@ def _size_inputs() -> list[io.Input]:
     ]
 
 
-class SaveVideo(io.ComfyNode):
+class SaveVideo(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

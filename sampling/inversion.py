@@ -62,10 +62,10 @@ def plan_ascent(
     """Plan the way up along a sampler's schedule.
 
     sigmas: (steps + 1,) falling to 0. least: the lowest level the network knows; it is told that one for level 0.
-    Raises PlanError for a schedule that does not end at 0 or has no step.
+    Raises PlanError for a schedule that does not end at 0, has no step, or is not finite (kl_optimal of one step).
     """
     levels = sigmas.flip(0)
-    if len(levels) < 2 or float(levels[0]) != 0.0:
+    if len(levels) < 2 or float(levels[0]) != 0.0 or not bool(levels.isfinite().all()):
         raise PlanError("Inversion needs a schedule of at least one step that ends at noise level 0. Choose another "
                         "scheduler, or more steps.")  # fmt: skip
     told = levels[1:] if convention is Convention.RELEASED else levels[:-1].clamp(min=least)
@@ -110,7 +110,8 @@ class Trajectory:
         top = float(self.levels[-1])
         if sigma > FURTHEST * top:
             raise PlanError(f"The clip was inverted up to noise level {top:.4g}, and the sampler begins at "
-                            f"{sigma:.4g}. Set denoise of DDIM Inversion to 1.")  # fmt: skip
+                            f"{sigma:.4g}. Set denoise of DDIM Inversion to 1, and invert with the MODEL that is "
+                            "sampled, motion module and noise schedule included.")  # fmt: skip
         upper = min(int((self.levels[1:] < sigma).sum()) + 1, len(self.levels) - 1)
         low, high = float(self.levels[upper - 1]), float(self.levels[upper])
         share = (sigma - low) / (high - low) if high > low else 1.0

@@ -43,7 +43,7 @@ def fit(
 
     Every batch draws from a generator seeded by the recipe and its number, so an interrupted run that goes on from
     `state_path` sees the same numbers as one that was never interrupted. The state is written every `save_every`
-    steps and `save_every_s` seconds, and when anything ends the run before its last step.
+    steps and `save_every_s` seconds, and when anything ends the run between its first step and its last.
     losses: gets the loss of every step, of those before an interruption too.
     loss_scale: factor that keeps float16 gradients from vanishing; halved, and the step left out, when they overflow,
     and doubled again after many steps that did not.
@@ -67,7 +67,7 @@ def fit(
         if finish:
             finish(run.average)
     except BaseException:
-        if state_path and run.consistent:
+        if state_path and run.consistent and run.step:
             run.save(state_path)
         raise
     if state_path:

@@ -202,6 +202,27 @@ def test_areas_and_other_prompts_stay_beside_it(clip: StandInClip, pair: Pair, r
     assert relative_error(*drawn) < 1e-5
 
 
+@pytest.mark.parametrize("bounds", [False, True])
+def test_an_area_of_the_opposite_prompt_gets_the_whole_travel(
+    bounds: bool, clip: StandInClip, pair: Pair, run_node: Callable
+) -> None:
+    """The host copies one prompt into an area that has none of its own."""
+    negative = clip.encode_from_tokens_scheduled("d")
+    if bounds:
+        mask = torch.zeros(1, 64, 64)
+        mask[:, :32] = 1.0
+        settings = {"mask": mask, "strength": 1.0, "set_cond_area": "mask bounds"}
+        (negative,) = run_node("ConditioningSetMask", conditioning=negative, **settings)
+    else:
+        area = {"width": 32, "height": 64, "x": 0, "y": 0, "strength": 1.0}
+        (negative,) = run_node("ConditioningSetArea", conditioning=negative, **area)
+    prompts = per_frame(clip, MIXED[:FRAMES]), travel(clip)
+    for one_way in ([{"positive": p, "negative": negative} for p in prompts],
+                    [{"positive": negative, "negative": p} for p in prompts]):  # fmt: skip
+        drawn = [tiny_host.sample(pair.plain, FRAMES, **both) for both in one_way]
+        assert relative_error(*drawn) < 1e-5
+
+
 def test_hooks_of_the_user_stay_and_are_shared_with_the_negative(clip: StandInClip) -> None:
     group = comfy.hooks.HookGroup()
     group.add(comfy.hooks.WeightHook())

@@ -228,8 +228,9 @@ def test_what_cannot_work_is_said(model, folder, monkeypatch):
         learn(model, monkeypatch, prompt=" ")
     with pytest.raises(LatentMotionError, match="makes video already"):
         learn(apply_frame_attention(model, FrameAttention()), monkeypatch)
-    with pytest.raises(ValueError, match="is no name for a file"):
-        learn(model, monkeypatch, file_name="../outside")
+    for name in ("../outside", "a\0b", "long" * 60):
+        with pytest.raises(ValueError, match="is no name for a file"):
+            learn(model, monkeypatch, file_name=name)
     with pytest.raises(ValueError, match="not one of its choices"):
         learn(model, monkeypatch, existing="maybe")
 

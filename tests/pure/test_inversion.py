@@ -145,7 +145,7 @@ def test_what_the_network_is_told() -> None:
     assert seen[0][1] == 2.0 and np.isclose(float(seen[0][0]), (5 / 1.25) ** 0.5), "variance 1 after the host's scaling"
 
 
-@pytest.mark.parametrize("sigmas", [[3.0, 0.1], [0.0], []])
+@pytest.mark.parametrize("sigmas", [[3.0, 0.1], [0.0], [], [float("nan"), 0.0]])
 def test_a_schedule_that_leads_nowhere_is_refused(sigmas: list[float]) -> None:
     with pytest.raises(PlanError, match="ends at noise level 0"):
         plan_ascent(torch.tensor(sigmas), Convention.STANDARD, 0.03)

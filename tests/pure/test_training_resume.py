@@ -75,6 +75,18 @@ def test_any_error_keeps_the_state(tmp_path):
     assert seen == [1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
+def test_a_run_that_fails_in_its_first_step_leaves_nothing_behind(tmp_path):
+    """So that it can be tried again with a smaller batch."""
+    layer, state = nn.Linear(2, 1), tmp_path / "state.pt"
+
+    def loss_of(batch: int, generator: torch.Generator) -> torch.Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        fit(dict(layer.named_parameters()), loss_of, Recipe("large", steps=9, batch=4, learning_rate=0.01), state)
+    assert not list(tmp_path.iterdir())
+
+
 def test_accumulated_batches_are_one_large_batch():
     x = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
     found = []
