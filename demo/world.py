@@ -155,8 +155,8 @@ def clip(
     mark: bool = False,
     path: Path | None = None,
 ) -> Scene:
-    """The frames of one clip. `zoom` +1 magnifies the view from ZOOM[0] to ZOOM[1] about the field's middle over the
-    clip, -1 the reverse; `path` overrides the way the caption says."""
+    """The frames of one clip. `zoom` +1 magnifies the shape from ZOOM[0] to ZOOM[1] over the clip, -1 the reverse: the
+    camera follows it, so that it goes its way as without; `path` overrides the way the caption says."""
     time = np.arange(frames) / max(frames - 1, 1)
     path = path or (straight(words.direction) if words.direction else standing)
     offsets = path(time) * rng.uniform(*TRAVEL)
@@ -165,14 +165,12 @@ def clip(
         start = rng.uniform(*_room(radius, offsets))
         return _scene(words, start + offsets, np.full(frames, radius), mark)
     scale = np.exp(np.interp(zoom * (2 * time - 1), (-1, 1), np.log(ZOOM)))
-    middle = np.array([FIELD[0] + FIELD[2], FIELD[1] + FIELD[3]]) / 2
-    radius, offsets = min(radius, 18.0), offsets * 0.75
-    rooms = [_room(radius * s, offset[None] * s) for s, offset in zip(scale, offsets, strict=True)]
+    radius, offsets = min(radius, 18.0), offsets * 0.9
+    rooms = [_room(radius * s, offset[None]) for s, offset in zip(scale, offsets, strict=True)]
     lows, highs = zip(*rooms, strict=True)
-    low = np.max([(low - middle) / s for low, s in zip(lows, scale, strict=True)], axis=0)
-    high = np.min([(high - middle) / s for high, s in zip(highs, scale, strict=True)], axis=0)
+    low, high = np.max(lows, axis=0), np.min(highs, axis=0)
     start = rng.uniform(np.minimum(low, high), np.maximum(low, high))
-    return _scene(words, middle + (start + offsets) * scale[:, None], radius * scale, mark)
+    return _scene(words, start + offsets, radius * scale, mark)
 
 
 def _room(radius: float, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -53,6 +53,13 @@ class LowRankSet(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+
+    @torch.no_grad()
+    def take(self, published: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take the values of a file with these changes. published: the layers' names there, in the order of ours."""
+        for name, change in zip(published, self.changes, strict=True):
+            change.down.copy_(tensors[f"{published_key(name)}.down.weight"])
+            change.up.copy_(tensors[f"{published_key(name)}.up.weight"])
 
     def pairs(self, weights: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """Layer name, down and up of every change, from `weights` keyed as this module's parameters."""
