@@ -24,7 +24,7 @@ class Node(io.ComfyNode):
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         own = cls.__dict__.get("execute")
-        if own is not None:
+        if own is not None and not hasattr(own.__func__, "__wrapped__"):  # hosts make classes anew of what is in them
             cls.execute = classmethod(_checking(own.__func__))
 
 
@@ -45,7 +45,7 @@ def _checking(execute: Callable) -> Callable:
     def checked(cls: type[Node], *args: Any, **inputs: Any) -> Any:
         # files have sentences of their own, by which a node may also find them elsewhere
         own = inspect.signature(cls.validate_inputs).parameters
-        for item in cls.GET_SCHEMA().inputs:
+        for item in cls.define_schema().inputs:  # GET_SCHEMA writes to the class, which is locked while it runs
             if item.id in inputs and not (item.id in own and item.get_io_type() == io.Combo.io_type):
                 check_widget(item, inputs[item.id], item.id)
         return execute(cls, *args, **inputs)

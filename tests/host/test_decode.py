@@ -355,7 +355,7 @@ def test_node(vae: comfy.sd.VAE, run_node: Callable[..., tuple]) -> None:
         assert_same(images, whole(vae, latent))
     assert video.get_dimensions() == (images.shape[2], images.shape[1])
     assert torch.equal(samples["samples"], latent)
-    with pytest.raises(ValueError, match="none of its choices"):
+    with pytest.raises(ValueError, match="not one of its choices"):
         run_node("LatentMotionTemporalVAEDecode", **inputs | {"mode": "fast"})
 
 

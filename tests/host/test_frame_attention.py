@@ -221,7 +221,7 @@ def test_a_run_that_breaks_leaves_the_model_as_it_was(
 
 
 def test_what_cannot_be_is_said(pair: Pair, attend: Callable) -> None:
-    with pytest.raises(ValueError, match="none of its choices"):
+    with pytest.raises(ValueError, match="not one of its choices"):
         attend(pair.plain, keys_from="all of them")
     with pytest.raises(ClipError, match="clips of 3 frames, and Apply Motion Module takes clips of 2"):
         call(attend(pair.video(frames=2), frames=3), clip(6))

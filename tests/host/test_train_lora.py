@@ -175,7 +175,7 @@ def test_a_finished_file_is_kept_and_not_trained_again(model, folder, monkeypatc
     ({"frames": 3, "stride": 2}, "need 5"),
     ({"clip_length": 3}, "no whole number of clips"),
     ({"file_name": "../outside"}, "is no name for a file"),
-    ({"existing": "maybe"}, "none of its choices"),
+    ({"existing": "maybe"}, "not one of its choices"),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_said(model, folder, monkeypatch, widgets, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -216,7 +216,7 @@ def test_the_widgets_reach_the_recipe(folder):
     assert asked.ceiling == 40.0 and asked.levels == ((0.0, 1.0), (0.85, 1.0))
     plain = options.lora_training(**WIDGETS).recipe
     assert plain.ceiling == 1.0 and plain.levels == ((0.0, 1.0),)
-    with pytest.raises(ValueError, match="noise_levels is 'most', which is none"):
+    with pytest.raises(ValueError, match="noise_levels is 'most', which is not one"):
         options.lora_training(**WIDGETS, noise_levels="most")
 
 

@@ -141,8 +141,8 @@ def test_a_long_video_is_split_before_it_is_captioned(tmp_path: Path) -> None:
 
 def test_a_video_that_is_too_short_is_said_before_anything_is_decoded(folder: Path) -> None:
     dataset = read_folder(folder, Reading(caption="x"))
-    with pytest.raises(TrainingError, match=r"more/b.mp4 has 5 frames, and 4 frames with a stride of 2 need 7\. 1 other "
-                       "clip is too short as well"):  # fmt: skip
+    with pytest.raises(TrainingError, match=r"more/b.mp4 has 5 frames, and 4 frames with a stride of 2 need 7\. 1 "
+                       "other clip is too short as well"):  # fmt: skip
         dataset.usable(4, 2)
     assert len(dataset.usable(1, 1)) == 3
 
