@@ -104,7 +104,7 @@ def test_the_motion_module_is_of_the_published_layout():
 
 @pytest.mark.parametrize("load", [demo_models.load_unet, demo_models.load_clip, demo_models.load_vae])
 def test_a_missing_file_says_how_to_make_it(load, tmp_path):
-    with pytest.raises(FileNotFoundError, match="train-demo"):
+    with pytest.raises(FileNotFoundError, match="comes with the pack: get it again"):
         load(tmp_path)
 
 
