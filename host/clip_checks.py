@@ -50,9 +50,6 @@ def check_frames(frames: int, images: int, motion: Any, windowed: bool, extra: i
     if images == 0:
         raise ClipError("The latent holds no frames. Set batch_size of the Empty Latent Image node to the number of "
                         "frames, 16 for instance.")
-    if frames < 0:
-        raise ClipError(f"frames is {frames} on Apply Motion Module. Set it to the number of frames of a clip, or to 0 "
-                        "for the whole batch.")
     if images % frames:
         raise ClipError(f"The batch holds {images} images, which {frames} frames per clip do not divide. Set frames on "
                         f"Apply Motion Module to 0 for one clip of {images} frames, or change the batch.")

@@ -46,7 +46,6 @@ CLIPS: dict[str, tuple[dict[str, Any], int, int, str]] = {
     "too many": ({}, 9, 0, "tiny-0 knows 8 frame positions, and this clip has 9 frames. .*Sliding Context.*'stretch'"),
     "too many in a video": ({"frames": 9}, 18, 0, "8 frame positions, and this clip has 9 frames. Make it shorter, or "
                             "set positions on Apply Motion Module to 'stretch'"),
-    "fewer than none": ({"frames": -4}, 8, 0, "frames is -4 on Apply Motion Module"),
     "too many in a window": ({}, 20, 10, "8 frame positions, and this window has 10 frames"),
     "not divided": ({"frames": 4}, 6, 0, "The batch holds 6 images, which 4 frames per clip do not divide. Set frames"),
     "frames beyond the batch": ({"frames": 8}, 4, 0, "The batch holds 4 images, which 8 frames per clip do not divide"),
