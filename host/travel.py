@@ -21,7 +21,6 @@ from comfy.patcher_extension import WrappersMP
 from node_helpers import conditioning_set_values
 from torch import Tensor
 
-from ..motion_modules.errors import check_choice
 from ..sampling.travel import Interpolation, Travel, TravelError, parse_travel
 from .context import frame_axis
 from .inflate import KEY as MOTION
@@ -41,9 +40,7 @@ class Stop:
 
 
 def read_travel(prompts: str, interpolation: str, text_before: str = "", text_after: str = "") -> Travel:
-    """The travel that the widgets describe. Raises TravelError, naming the line, and ValueError for a choice that
-    does not exist."""
-    check_choice("interpolation", interpolation, INTERPOLATIONS)
+    """The travel that the widgets describe. Raises TravelError, naming the line."""
     return parse_travel(prompts, Interpolation(interpolation), text_before, text_after)
 
 

@@ -105,8 +105,8 @@ def kept_in(cache: Path) -> Iterator[None]:
         raise SetupError(f"Nothing can be kept in {cache}: {reason}. {advice}") from None
 
 
-def writable(folder: Path, what: str) -> Path:
-    """A folder of this checkout that `what` goes to, made where it is missing.
+def writable(folder: Path, what: str, otherwise: str = "copy this checkout to another place") -> Path:
+    """A folder that `what` goes to, made where it is missing. otherwise: what else a person can do.
 
     Raises: SetupError when nothing can be written there.
     """
@@ -116,7 +116,7 @@ def writable(folder: Path, what: str) -> Path:
     except OSError as error:
         advice = "Free some space" if error.errno in FULL else "Make it a folder that you may write to"
         raise SetupError(
-            f"{what} cannot be written to {folder}: {error.strerror}. {advice}, or copy this checkout to another place."
+            f"{what} cannot be written to {folder}: {error.strerror}. {advice}, or {otherwise}."
         ) from None
     return folder
 

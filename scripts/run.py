@@ -80,7 +80,9 @@ def check_graph(file: Path) -> None:
 
 def figures_file(asked: str | None) -> Path | None:
     """The file that --json names, in a folder that is there: minutes or hours of work end in it."""
-    return writable(Path(asked).absolute().parent, "The figures") / Path(asked).name if asked else None
+    if not asked:
+        return None
+    return writable(Path(asked).absolute().parent, "The figures", "name another with --json") / Path(asked).name
 
 
 def demo(find_host: Finder, cache: Path, arguments: list[str]) -> int:

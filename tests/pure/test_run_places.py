@@ -161,4 +161,5 @@ def test_a_place_for_results_that_is_no_folder_is_named_before_anything_is_made(
     monkeypatch.setenv("LATENTMOTION_CACHE", str(tmp_path / "cache"))
     assert run.main([argument.replace("FILE", str(tmp_path / "FILE")) for argument in command]) == 1
     said = capsys.readouterr().out
-    assert f"cannot be written to {tmp_path / place}: " in said and "copy this checkout" in said
+    advice = "name another with --json" if place == "FILE" else "copy this checkout"
+    assert f"cannot be written to {tmp_path / place}: " in said and advice in said
