@@ -46,7 +46,10 @@ def save_weights(
     beside = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     try:
+        beside.touch()
+        mode = beside.stat().st_mode  # as the user's other files are; the library makes its own for the owner alone
         save_file(tensors, beside, metadata={**(about or {}), "recipe": json.dumps(recipe, sort_keys=True)})
+        beside.chmod(mode)
         os.replace(beside, path)
     except SafetensorError as error:  # what the library makes of a full disk
         raise OSError(str(error)) from error
