@@ -23,7 +23,8 @@ EXTENT = 1.2  # no shape reaches further than this many radii from its centre
 FIELD = (1.0, 18.0, 127.0, 127.0)  # left, top, right, bottom of the part shapes live in; the mark sits above it
 MARK = (80, 4, 120, 14)  # left, top, right, bottom of the defect on the clips: a striped, half transparent logo
 MARK_STRIPE, MARK_ALPHA = 8, 0.65
-ZOOM = (0.8, 1.4)  # magnification at the two ends of a zoom: no shape gets smaller than the smallest still one
+ZOOM = (0.95, 1.6)  # magnification at the two ends of a zoom
+ZOOMED_RADIUS = 16.0  # at most, so that a zoom's ends are about as small and as large as still shapes are
 
 Window = tuple[int, int, int, int]
 """Left, top, width and height of the part of a picture that is drawn."""
@@ -165,7 +166,7 @@ def clip(
         start = rng.uniform(*_room(radius, offsets))
         return _scene(words, start + offsets, np.full(frames, radius), mark)
     scale = np.exp(np.interp(zoom * (2 * time - 1), (-1, 1), np.log(ZOOM)))
-    radius, offsets = min(radius, 18.0), offsets * 0.9
+    radius, offsets = min(radius, ZOOMED_RADIUS), offsets * 0.9
     rooms = [_room(radius * s, offset[None]) for s, offset in zip(scale, offsets, strict=True)]
     lows, highs = zip(*rooms, strict=True)
     low, high = np.max(lows, axis=0), np.min(highs, axis=0)
