@@ -46,6 +46,7 @@ def save_weights(
     beside = path.with_name(path.name + ".part")
     tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
     try:
+        beside.unlink(missing_ok=True)  # a killed run's
         beside.touch()
         mode = beside.stat().st_mode  # as the user's other files are; the library makes its own for the owner alone
         save_file(tensors, beside, metadata={**(about or {}), "recipe": json.dumps(recipe, sort_keys=True)})

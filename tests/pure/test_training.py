@@ -196,8 +196,10 @@ def test_weights_are_written_whole_with_their_recipe(tmp_path, monkeypatch):
 def test_weights_may_be_read_by_whom_other_new_files_may(tmp_path):
     path, other = tmp_path / "weights.safetensors", tmp_path / "other"
     other.touch()
+    left = tmp_path / "weights.safetensors.part"
+    left.touch(0o600)
     checkpoint.save_weights(path, {"a": torch.ones(1)}, {})
-    assert path.stat().st_mode == other.stat().st_mode
+    assert path.stat().st_mode == other.stat().st_mode and not left.exists()
 
 
 def test_a_full_disk_is_an_os_error(tmp_path):
