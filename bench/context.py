@@ -28,8 +28,19 @@ from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
 from ..sampling.travel import Interpolation
 from ..sampling.windows import Window, WindowPlan, WindowSchedule
-from .side_by_side import device_name, report
-from .toy import CFG, FIRST_SEED, ONE_WAY, SAMPLER, STEPS, THERE_AND_BACK, Bench, captions, there_and_back
+from .side_by_side import report
+from .toy import (
+    FIRST_SEED,
+    ONE_WAY,
+    PLAIN_SAMPLING,
+    STEPS,
+    THERE_AND_BACK,
+    Bench,
+    captions,
+    sampling_option,
+    there_and_back,
+    told,
+)
 
 Clip = tuple[Words, list[oracle.Reading]]
 WAYS = (THERE_AND_BACK, ONE_WAY)
@@ -134,11 +145,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overlap", type=int, default=CONTEXT.plan.overlap, help="frames two windows share")
     parser.add_argument("--ways", action=argparse.BooleanOptionalAction, default=True, help="shapes that move, too")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
+    sampling_option(parser, PLAIN_SAMPLING)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    print(f"{args.clips} clips of {args.frames} frames, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
+    print(f"{args.clips} clips of {args.frames} frames, {told(args.sampling)}")
     with torch.inference_mode():
-        bench = Bench.open(args.weights)
+        bench = Bench.open(args.weights, args.sampling)
         context = replace(CONTEXT, plan=replace(CONTEXT.plan, overlap=args.overlap))
         figures = measure(bench, context, args.clips, args.frames, args.ways) if args.clips else {}
         if args.table_clips:

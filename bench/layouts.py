@@ -24,7 +24,7 @@ from ..media.clip import collect_pictures
 from ..training.dataset import Dataset
 from .camera import CAMERAS, Clip, slide
 from .side_by_side import device_name, report
-from .toy import Bench
+from .toy import PLAIN_SAMPLING, Bench
 from .train import RECIPE, Room, files_in, right, share, told_now_and_then
 
 CAMERA = CAMERAS["pan_left"]
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     print(f"{args.clips} unseen captions and seeds, {ANEW['steps']} steps of training, on {device_name()}")
     with torch.inference_mode(), files_in(args.out, paths.MOTION_MODULES), told_now_and_then():
-        room = Room(Bench.open(args.weights), args.clips)
+        room = Room(Bench.open(args.weights, PLAIN_SAMPLING), args.clips)
         references = room.references(CAMERA)
         shown = judge([collect_pictures(film.clip) for film in references.films[: args.clips]])
         figures = {f"layouts.references.{key}": shown[key] for key in ("alike", "present", "slide", "change")}

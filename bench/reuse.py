@@ -28,9 +28,9 @@ from ..host.reuse import apply_reuse
 from ..sampling.reuse import Guidance, Reuse, States
 from ..sampling.travel import Interpolation
 from .side_by_side import device_name, report
-from .toy import CFG, FIRST_SEED, ONE_WAY, RESTING, SCHEDULER, THERE_AND_BACK, Bench, captions, there_and_back
+from .toy import CFG, FIRST_SEED, ONE_WAY, RESTING, THERE_AND_BACK, Bench, captions, there_and_back
 
-STEPS, SAMPLER = 12, "euler"
+STEPS, SAMPLER, SCHEDULER = 12, "euler", "normal"
 PAPER = Reuse(FRAMES, FRAMES // 2, 4.0, 0.4)
 """The example of the released code, which leads 4 frames of clips of 8."""
 NAIVE = Reuse(FRAMES, 0, 0.0, 0.0)

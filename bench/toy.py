@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,12 @@ from ..sampling.travel import Interpolation
 from .side_by_side import device_name, report
 
 FIRST_SEED = 900_000  # no training sample is drawn from a seed like it
-STEPS, CFG, SAMPLER, SCHEDULER = 12, 2.0, "dpmpp_2m", "normal"
+STEPS, CFG = 12, 2.0
+SAMPLING = ("dpmpp_2m_sde", "karras")
+"""Noise in every step lets a clip that has begun to fade from one shape into another settle for one of them after all;
+most of the steps are at low noise, where sizes tremble."""
+PLAIN_SAMPLING = ("dpmpp_2m", "normal")
+"""What long clips and MotionLoRAs trained in the graph were measured with."""
 Made = list[tuple[Words, list[oracle.Reading]]]
 """What was asked of each clip, and what its frames show."""
 RESTING, THERE_AND_BACK, ONE_WAY = "resting", "there_and_back", "one_way"
@@ -43,16 +49,18 @@ RESTING, THERE_AND_BACK, ONE_WAY = "resting", "there_and_back", "one_way"
 
 @dataclass
 class Bench:
-    """The demo models, loaded from one folder."""
+    """The demo models, loaded from one folder, and the host's sampler and scheduler that clips are made with."""
 
     folder: Path
     unet: Any
     clip: Any
     vae: Any
+    sampling: tuple[str, str] = SAMPLING
 
     @classmethod
-    def open(cls, folder: Path) -> Bench:
-        return cls(folder, demo_models.load_unet(folder), demo_models.load_clip(folder), demo_models.load_vae(folder))
+    def open(cls, folder: Path, sampling: Sequence[str] = SAMPLING) -> Bench:
+        loaders = (demo_models.load_unet, demo_models.load_clip, demo_models.load_vae)
+        return cls(folder, *(load(folder) for load in loaders), tuple(sampling))
 
     def motion(self, lora: str | None = None) -> MotionModule:
         path = self.folder / config.MOTION_FILE
@@ -81,7 +89,7 @@ class Bench:
         positive, negative = self.encode(words.text) if positive is None else positive, self.encode("")
         noise = comfy.sample.prepare_noise(latent, seed)
         latent = comfy.sample.sample(
-            model, noise, STEPS, CFG, SAMPLER, SCHEDULER, positive, negative, latent, disable_pbar=True, seed=seed
+            model, noise, STEPS, CFG, *self.sampling, positive, negative, latent, disable_pbar=True, seed=seed
         )
         self.last = self.vae.decode(latent)
         return oracle.read(self.last)
@@ -183,6 +191,16 @@ SECTIONS = {
 }
 
 
+def sampling_option(parser: argparse.ArgumentParser, default: tuple[str, str]) -> None:
+    parser.add_argument("--sampling", nargs=2, default=default, metavar=("SAMPLER", "SCHEDULER"),
+                        help=f"of the host ({' '.join(default)})")  # fmt: skip
+
+
+def told(sampling: Sequence[str]) -> str:
+    """How clips are made and where, for the first line of a bench."""
+    return f"{STEPS} steps of {sampling[0]} ({sampling[1]}), cfg {CFG:g}, on {device_name()}"
+
+
 def _share(answers: Any) -> float:
     return float(np.mean([bool(answer) for answer in answers]))
 
@@ -196,12 +214,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clips", type=int, default=100, help="seeds and captions a figure is taken over")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="measure only these")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
+    sampling_option(parser, SAMPLING)
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args(argv)
-    print(f"{arguments.clips} unseen captions and seeds, {STEPS} steps of {SAMPLER}, cfg {CFG:g}, on {device_name()}")
+    print(f"{arguments.clips} unseen captions and seeds, {told(arguments.sampling)}")
     figures: dict[str, float] = {}
     with torch.inference_mode():
-        bench = Bench.open(arguments.weights)
+        bench = Bench.open(arguments.weights, arguments.sampling)
         for name in arguments.only:
             start = time.monotonic()
             found = SECTIONS[name](bench, arguments.clips)
