@@ -33,13 +33,12 @@ from .toy import (
     FIRST_SEED,
     ONE_WAY,
     PLAIN_SAMPLING,
-    STEPS,
     THERE_AND_BACK,
     Bench,
     captions,
-    sampling_option,
+    chosen_sampling,
+    sampling_options,
     there_and_back,
-    told,
 )
 
 Clip = tuple[Words, list[oracle.Reading]]
@@ -101,13 +100,13 @@ def butted_clips(bench: Bench, length: int, count: int, frames: int) -> list[Cli
     return made
 
 
-def seams_of(plan: WindowPlan, frames: int) -> set[int]:
-    return borders(plan.windows(frames, STEPS - 1), frames)
+def seams_of(bench: Bench, plan: WindowPlan, frames: int) -> set[int]:
+    return borders(plan.windows(frames, bench.sampling.steps - 1), frames)
 
 
 def measure(bench: Bench, context: SlidingContext, count: int, frames: int, ways: bool) -> dict[str, float]:
     """Sliding Context, separate clips, and Sliding Context with other captions where `ways` are asked for."""
-    length, seams = context.plan.length, seams_of(context.plan, frames)
+    length, seams = context.plan.length, seams_of(bench, context.plan, frames)
     made = {
         "": judge(long_clips(bench, context, count, frames), seams),
         "naive_": judge(butted_clips(bench, length, count, frames), set(range(length, frames, length))),
@@ -129,7 +128,7 @@ def compare(bench: Bench, count: int, frames: int) -> dict[str, float]:
     for row in rows:
         start = time.monotonic()
         names = (row.plan.schedule.value, row.fuse.value, row.noise.value, f"overlap {row.plan.overlap}")
-        found = judge(long_clips(bench, row, count, frames), seams_of(row.plan, frames))
+        found = judge(long_clips(bench, row, count, frames), seams_of(bench, row.plan, frames))
         shown = f"{found['caption_right']:14.2f} {found['seam_ratio']:12.2f} {time.monotonic() - start:8.0f}"
         print("  " + " ".join(f"{name:18}" for name in names) + shown, flush=True)
         prefix = ".".join(name.replace(" ", "_").replace("-", "_") for name in names)
@@ -145,12 +144,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--overlap", type=int, default=CONTEXT.plan.overlap, help="frames two windows share")
     parser.add_argument("--ways", action=argparse.BooleanOptionalAction, default=True, help="shapes that move, too")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
-    sampling_option(parser, PLAIN_SAMPLING)
+    sampling_options(parser, PLAIN_SAMPLING)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    print(f"{args.clips} clips of {args.frames} frames, {told(args.sampling)}")
+    print(f"{args.clips} clips of {args.frames} frames")
     with torch.inference_mode():
-        bench = Bench.open(args.weights, args.sampling)
+        bench = Bench.open(args.weights, chosen_sampling(args))
         context = replace(CONTEXT, plan=replace(CONTEXT.plan, overlap=args.overlap))
         figures = measure(bench, context, args.clips, args.frames, args.ways) if args.clips else {}
         if args.table_clips:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,11 +34,25 @@ from ..sampling.travel import Interpolation
 from .side_by_side import device_name, report
 
 FIRST_SEED = 900_000  # no training sample is drawn from a seed like it
-STEPS, CFG = 12, 2.0
-SAMPLING = ("dpmpp_2m_sde", "karras")
+CFG = 2.0
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are made: names of the host, and steps of the sampler."""
+
+    sampler: str
+    scheduler: str
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.steps} steps of {self.sampler} ({self.scheduler}), cfg {CFG:g}"
+
+
+SAMPLING = Sampling("dpmpp_2m_sde", "karras", 20)
 """Noise in every step lets a clip that has begun to fade from one shape into another settle for one of them after all;
 most of the steps are at low noise, where sizes tremble."""
-PLAIN_SAMPLING = ("dpmpp_2m", "normal")
+PLAIN_SAMPLING = Sampling("dpmpp_2m", "normal", 12)
 """What long clips and MotionLoRAs trained in the graph were measured with."""
 Made = list[tuple[Words, list[oracle.Reading]]]
 """What was asked of each clip, and what its frames show."""
@@ -55,12 +68,12 @@ class Bench:
     unet: Any
     clip: Any
     vae: Any
-    sampling: tuple[str, str] = SAMPLING
+    sampling: Sampling = SAMPLING
 
     @classmethod
-    def open(cls, folder: Path, sampling: Sequence[str] = SAMPLING) -> Bench:
+    def open(cls, folder: Path, sampling: Sampling = SAMPLING) -> Bench:
         loaders = (demo_models.load_unet, demo_models.load_clip, demo_models.load_vae)
-        return cls(folder, *(load(folder) for load in loaders), tuple(sampling))
+        return cls(folder, *(load(folder) for load in loaders), sampling)
 
     def motion(self, lora: str | None = None) -> MotionModule:
         path = self.folder / config.MOTION_FILE
@@ -88,9 +101,9 @@ class Bench:
         latent = torch.zeros(frames, 4, 16, 16)
         positive, negative = self.encode(words.text) if positive is None else positive, self.encode("")
         noise = comfy.sample.prepare_noise(latent, seed)
-        latent = comfy.sample.sample(
-            model, noise, STEPS, CFG, *self.sampling, positive, negative, latent, disable_pbar=True, seed=seed
-        )
+        how = self.sampling
+        steps = (how.steps, CFG, how.sampler, how.scheduler)
+        latent = comfy.sample.sample(model, noise, *steps, positive, negative, latent, disable_pbar=True, seed=seed)
         self.last = self.vae.decode(latent)
         return oracle.read(self.last)
 
@@ -191,14 +204,17 @@ SECTIONS = {
 }
 
 
-def sampling_option(parser: argparse.ArgumentParser, default: tuple[str, str]) -> None:
-    parser.add_argument("--sampling", nargs=2, default=default, metavar=("SAMPLER", "SCHEDULER"),
-                        help=f"of the host ({' '.join(default)})")  # fmt: skip
+def sampling_options(parser: argparse.ArgumentParser, usual: Sampling) -> None:
+    parser.add_argument("--sampler", default=usual.sampler, help=f"of the host ({usual.sampler})")
+    parser.add_argument("--scheduler", default=usual.scheduler, help=f"of the host ({usual.scheduler})")
+    parser.add_argument("--sampling-steps", type=int, default=usual.steps, help=f"of a clip ({usual.steps})")
 
 
-def told(sampling: Sequence[str]) -> str:
-    """How clips are made and where, for the first line of a bench."""
-    return f"{STEPS} steps of {sampling[0]} ({sampling[1]}), cfg {CFG:g}, on {device_name()}"
+def chosen_sampling(arguments: argparse.Namespace) -> Sampling:
+    """What `sampling_options` asked for, and say it."""
+    sampling = Sampling(arguments.sampler, arguments.scheduler, arguments.sampling_steps)
+    print(f"{sampling}, on {device_name()}")
+    return sampling
 
 
 def _share(answers: Any) -> float:
@@ -214,13 +230,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--clips", type=int, default=100, help="seeds and captions a figure is taken over")
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="measure only these")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
-    sampling_option(parser, SAMPLING)
+    sampling_options(parser, SAMPLING)
     parser.add_argument("--json", help="write the figures to this file")
     arguments = parser.parse_args(argv)
-    print(f"{arguments.clips} unseen captions and seeds, {told(arguments.sampling)}")
+    print(f"{arguments.clips} unseen captions and seeds")
     figures: dict[str, float] = {}
     with torch.inference_mode():
-        bench = Bench.open(arguments.weights, arguments.sampling)
+        bench = Bench.open(arguments.weights, chosen_sampling(arguments))
         for name in arguments.only:
             start = time.monotonic()
             found = SECTIONS[name](bench, arguments.clips)

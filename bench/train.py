@@ -38,7 +38,7 @@ from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
 from .camera import CAMERAS, Camera, Clip, stills
 from .side_by_side import report
-from .toy import FIRST_SEED, PLAIN_SAMPLING, Bench, captions, sampling_option, told
+from .toy import FIRST_SEED, PLAIN_SAMPLING, Bench, captions, chosen_sampling, sampling_options
 from .train_step import estimate_errors, step_figures
 
 REFERENCES = 48
@@ -254,14 +254,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--frames", type=int, default=16, help="step: frames of a clip")
     parser.add_argument("--rank", type=int, default=64, help="step: rank of the MotionLoRA")
     parser.add_argument("--rounds", type=int, default=1, help="step: rounds timed after one that is not")
-    sampling_option(parser, PLAIN_SAMPLING)
+    sampling_options(parser, PLAIN_SAMPLING)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
-    print(f"{args.clips} unseen captions and seeds, {told(args.sampling)}")
+    print(f"{args.clips} unseen captions and seeds")
     figures: dict[str, float] = {}
     with torch.inference_mode(), files_in(args.out), told_now_and_then():
         drawn = set(args.only) - {"step", "estimate"}
-        room = Room(Bench.open(args.weights, args.sampling), args.clips, args.levels) if drawn else None
+        room = Room(Bench.open(args.weights, chosen_sampling(args)), args.clips, args.levels) if drawn else None
         for name in args.only:
             start, found = time.monotonic(), measure(room, name, args)
             figures |= found
