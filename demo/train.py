@@ -6,8 +6,7 @@ for each other were ten times slower than one.
 
 Measured on one core of a Sapphire Rapids CPU, bfloat16: autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
 adapter 0.36 s, motion stages 1.5 s, zooms 1.8 s: nine and a quarter hours in all. `--rehearse 2` goes through all in
-minutes; no full run has. The committed weights came from stages run one by one, those of the zooms from earlier
-recipes (bench/RESULTS.md).
+minutes; no full run has. The committed weights came from stages run one by one (bench/RESULTS.md).
 """
 
 from __future__ import annotations
