@@ -101,9 +101,8 @@ class Bench:
         latent = torch.zeros(frames, 4, 16, 16)
         positive, negative = self.encode(words.text) if positive is None else positive, self.encode("")
         noise = comfy.sample.prepare_noise(latent, seed)
-        how = self.sampling
-        steps = (how.steps, CFG, how.sampler, how.scheduler)
-        latent = comfy.sample.sample(model, noise, *steps, positive, negative, latent, disable_pbar=True, seed=seed)
+        how = (self.sampling.steps, CFG, self.sampling.sampler, self.sampling.scheduler)
+        latent = comfy.sample.sample(model, noise, *how, positive, negative, latent, disable_pbar=True, seed=seed)
         self.last = self.vae.decode(latent)
         return oracle.read(self.last)
 

@@ -38,24 +38,16 @@ ZOOM_IN, ZOOM_OUT = (tuple(replace(recipe, name=f"{zoom}_{recipe.name}") for rec
 they go on changing, at the ends of a clip too."""
 OUTLINES = {recipe.name: (200, 800) for recipe in (*ROUNDS, ZOOM_IN[1], ZOOM_OUT[1])}
 ZOOMS = {recipe.name: (400, 1000) for recipe in (ZOOM_IN[0], ZOOM_OUT[0])}
-DIFFERENCES = {ZOOM_IN[2].name: 2, ZOOM_OUT[2].name: 2, ZOOM_OUT[3].name: 1}
+STEADIED, EVENED = (ZOOM_IN[2].name, ZOOM_OUT[2].name), ZOOM_OUT[3].name
+DIFFERENCES = dict.fromkeys(STEADIED, 2) | {EVENED: 1}
 """Runs that also mind what errors do from frame to frame, as differences of the first or second order."""
 MINDED = 12.0
-"""How many times as much. A zoom changes sizes by a pixel a frame, and with the plain loss they trembled by 0.28 pixels
-however long it was trained, most of it from the last third of sampling."""
-FOCUS = (
-    {STEER.name: (850, 1000)}
-    | OUTLINES
-    | ZOOMS
-    | {name: (0, 500) if order == 2 else (0, 1000) for name, order in DIFFERENCES.items()}
-)
+"""How many times as much. A zoom changes sizes by a pixel a frame, and with the plain loss they trembled by 0.28 pixels,
+most of it from the last third of sampling."""
+FOCUS = {STEER.name: (850, 1000), EVENED: (0, 1000)} | OUTLINES | ZOOMS | dict.fromkeys(STEADIED, (0, 500))
 """Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
-CEILINGS = (
-    {LAYOUT.name: 600.0, STEER.name: 600.0}
-    | {name: 25.0 for name in OUTLINES}
-    | {name: 200.0 for name in ZOOMS}
-    | {name: 25.0 if order == 2 else 100.0 for name, order in DIFFERENCES.items()}
-)
+CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0, EVENED: 100.0}
+CEILINGS |= dict.fromkeys((*OUTLINES, *STEADIED), 25.0) | dict.fromkeys(ZOOMS, 200.0)
 """What bounds the weights of the noisiest steps instead of CEILING. Sixteen frames show together where the shape goes
 at steps so noisy that one of them shows nothing, and below CEILING these hardly count: after 714 steps of COHERE shapes
 were right in 7 of 8 clips, and moved in none."""
