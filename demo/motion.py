@@ -42,8 +42,8 @@ STEADIED, EVENED = (ZOOM_IN[2].name, ZOOM_OUT[2].name), ZOOM_OUT[3].name
 DIFFERENCES = dict.fromkeys(STEADIED, 2) | {EVENED: 1}
 """Runs that also mind what errors do from frame to frame, as differences of the first or second order."""
 MINDED = 12.0
-"""How many times as much. A zoom changes sizes by a pixel a frame, and with the plain loss they trembled by 0.28 pixels,
-most of it from the last third of sampling."""
+"""How many times as much. A zoom changes sizes by a pixel a frame, and with the plain loss they trembled by 0.28, most
+of it from the last third of sampling."""
 FOCUS = {STEER.name: (850, 1000), EVENED: (0, 1000)} | OUTLINES | ZOOMS | dict.fromkeys(STEADIED, (0, 500))
 """Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
 CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0, EVENED: 100.0}
