@@ -31,23 +31,25 @@ CAMERA = Recipe("camera", steps=1200, batch=4, learning_rate=2e-3, warmup=30, we
 CLEAR = replace(CAMERA, name="clear", steps=600, learning_rate=7e-4, seed=12)
 STEADY = replace(CAMERA, name="steady", steps=600, learning_rate=8e-4, seed=41)
 EVEN = replace(CAMERA, name="even", steps=420, learning_rate=7e-4, seed=43)
-ZOOM_IN, ZOOM_OUT = (tuple(replace(recipe, name=f"{zoom}_{recipe.name}") for recipe in recipes)
-                     for zoom, recipes in {"zoom_in": (CAMERA, CLEAR, STEADY),
-                                           "zoom_out": (CAMERA, CLEAR, STEADY, EVEN)}.items())  # fmt: skip
+ZOOM_IN = tuple(replace(recipe, name=f"zoom_in_{recipe.name}") for recipe in (CAMERA, CLEAR, STEADY))
+ZOOM_OUT = tuple(replace(recipe, name=f"zoom_out_{recipe.name}") for recipe in (CAMERA, CLEAR, STEADY, EVEN))
 """First how the size changes, then the outlines, as with the motion module; then that sizes do not tremble, and that
 they go on changing, at the ends of a clip too."""
 OUTLINES = {recipe.name: (200, 800) for recipe in (*ROUNDS, ZOOM_IN[1], ZOOM_OUT[1])}
 ZOOMS = {recipe.name: (400, 1000) for recipe in (ZOOM_IN[0], ZOOM_OUT[0])}
 STEADIED, EVENED = (ZOOM_IN[2].name, ZOOM_OUT[2].name), ZOOM_OUT[3].name
-DIFFERENCES = dict.fromkeys(STEADIED, 2) | {EVENED: 1}
+DIFFERENCES = {name: 2 for name in STEADIED} | {EVENED: 1}
 """Runs that also mind what errors do from frame to frame, as differences of the first or second order."""
 MINDED = 12.0
 """How many times as much. A zoom changes sizes by a pixel a frame, and with the plain loss they trembled by 0.28, most
 of it from the last third of sampling."""
-FOCUS = {STEER.name: (850, 1000), EVENED: (0, 1000)} | OUTLINES | ZOOMS | dict.fromkeys(STEADIED, (0, 500))
+FOCUS = {STEER.name: (850, 1000), EVENED: (0, 1000)} | OUTLINES | ZOOMS | {name: (0, 500) for name in STEADIED}
 """Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
-CEILINGS = {LAYOUT.name: 600.0, STEER.name: 600.0, EVENED: 100.0}
-CEILINGS |= dict.fromkeys((*OUTLINES, *STEADIED), 25.0) | dict.fromkeys(ZOOMS, 200.0)
+CEILINGS = (
+    {LAYOUT.name: 600.0, STEER.name: 600.0, EVENED: 100.0}
+    | {name: 25.0 for name in (*OUTLINES, *STEADIED)}
+    | {name: 200.0 for name in ZOOMS}
+)
 """What bounds the weights of the noisiest steps instead of CEILING. Sixteen frames show together where the shape goes
 at steps so noisy that one of them shows nothing, and below CEILING these hardly count: after 714 steps of COHERE shapes
 were right in 7 of 8 clips, and moved in none."""
