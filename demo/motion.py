@@ -12,6 +12,7 @@ from torch import nn
 from ..training.diffusion import add_noise, alphas_cumprod, noise_error
 from ..training.loop import LossFunction, Recipe
 from .autoencoder import initialise
+from .captions import DIRECTIONS
 from .image import CEILING, predict
 from .latents import Order, Samples
 from .text import Vocabulary, encode
@@ -45,6 +46,8 @@ MINDED = 12.0
 of it from the last third of sampling."""
 FOCUS = {STEER.name: (850, 1000), EVENED: (0, 1000)} | OUTLINES | ZOOMS | {name: (0, 500) for name in STEADIED}
 """Steps of the schedule that half the samples of a run are from: where the direction is decided, where the outlines."""
+RESTED = (EVENED,)
+"""Runs that take half of their samples from captions without a direction, over which sizes changed too little."""
 CEILINGS = (
     {LAYOUT.name: 600.0, STEER.name: 600.0, EVENED: 100.0}
     | {name: 25.0 for name in (*OUTLINES, *STEADIED)}
@@ -82,10 +85,13 @@ def clip_loss(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sampl
     """
     kept = alphas_cumprod(schedule)
     frames = samples.latents.shape[1]
+    resting = np.flatnonzero([not DIRECTIONS.keys() & text.split() for text in samples.texts])
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, step])
         chosen = rng.integers(len(samples.texts), size=recipe.batch)
+        if recipe.name in RESTED:
+            chosen[: recipe.batch // 2] = rng.choice(resting, recipe.batch // 2)
         rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
         latents = samples.latents[chosen].flatten(0, 1)
         spread = _even(recipe.batch, 0, len(kept), rng)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from latentmotion.demo import motion
+from latentmotion.demo.captions import DIRECTIONS
+from latentmotion.demo.latents import Samples
 from latentmotion.training.diffusion import alphas_cumprod, noise_error
 
 FRAMES = 6
@@ -47,3 +49,27 @@ def test_of_two_errors_of_one_size_the_steady_runs_mind_the_trembling_one_more(r
     torch.testing.assert_close(plain[0], plain[1])
     torch.testing.assert_close(minded[0], plain[0])
     torch.testing.assert_close(minded[1], plain[1] * (1 + motion.MINDED * square))
+
+
+class Asked(Exception):
+    """Stands for the rest of a step, once its captions are known."""
+
+
+class Listener:
+    def rows(self, texts: list[str], rng: object) -> None:
+        raise Asked(texts)
+
+
+@pytest.mark.parametrize(("recipe", "fewest"), [(motion.ZOOM_OUT[3], 2), (motion.ZOOM_OUT[2], 0)])
+def test_the_last_run_of_zoom_out_takes_half_of_its_clips_from_captions_without_a_direction(recipe, fewest: int):
+    ways = list(DIRECTIONS)
+    moving = [f"a red circle moves {ways[i % 4]} over a blue ground" for i in range(99)]
+    texts = ["a red circle over a blue ground", *moving]
+    samples = Samples(torch.zeros(len(texts), FRAMES, 4, 8, 8), texts)
+    loss_of = motion.clip_loss(None, None, Listener(), samples, recipe, torch.device("cpu"), "linear", {})
+    counts = []
+    for step in range(8):
+        with pytest.raises(Asked) as asked:
+            loss_of(step, torch.Generator())
+        counts.append(sum("moves" not in text for text in asked.value.args[0]))
+    assert min(counts) == fewest and len(asked.value.args[0]) == recipe.batch
