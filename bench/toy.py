@@ -53,7 +53,7 @@ SAMPLING = Sampling("dpmpp_2m_sde", "karras", 20)
 """Noise in every step lets a clip that has begun to fade from one shape into another settle for one of them after all;
 most of the steps are at low noise, where sizes tremble."""
 PLAIN_SAMPLING = Sampling("dpmpp_2m", "normal", 12)
-"""What long clips and MotionLoRAs trained in the graph were measured with."""
+"""What long clips and the layouts of motion modules were measured with."""
 Made = list[tuple[Words, list[oracle.Reading]]]
 """What was asked of each clip, and what its frames show."""
 RESTING, THERE_AND_BACK, ONE_WAY = "resting", "there_and_back", "one_way"

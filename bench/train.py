@@ -38,7 +38,7 @@ from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
 from .camera import CAMERAS, Camera, Clip, stills
 from .side_by_side import report
-from .toy import FIRST_SEED, PLAIN_SAMPLING, Bench, captions, chosen_sampling, sampling_options
+from .toy import FIRST_SEED, SAMPLING, Bench, captions, chosen_sampling, sampling_options
 from .train_step import estimate_errors, step_figures
 
 REFERENCES = 48
@@ -254,7 +254,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--frames", type=int, default=16, help="step: frames of a clip")
     parser.add_argument("--rank", type=int, default=64, help="step: rank of the MotionLoRA")
     parser.add_argument("--rounds", type=int, default=1, help="step: rounds timed after one that is not")
-    sampling_options(parser, PLAIN_SAMPLING)
+    sampling_options(parser, SAMPLING)
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args(argv)
     print(f"{args.clips} unseen captions and seeds")
