@@ -161,6 +161,7 @@ CHILD = """
 PARENT = """
     import signal, sys
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that nohup started inherit that it is ignored
     sys.path.insert(0, {scripts!r})
     from processes import end_as_by_exit, run_to_its_end
     end_as_by_exit()
