@@ -99,6 +99,7 @@ def test_a_host_that_dies_shows_its_log(host_path: Path, tmp_path: Path) -> None
 SERVE = """
     import signal, sys
     signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so do those of nohup
     from pathlib import Path
     sys.path.insert(0, {scripts!r})
     import run
