@@ -84,19 +84,18 @@ def clip_loss(unet: nn.Module, encoder: nn.Module, vocabulary: Vocabulary, sampl
     `options` are the transformer options that put a motion module in place, or none.
     """
     kept = alphas_cumprod(schedule)
-    frames = samples.latents.shape[1]
+    frames, half = samples.latents.shape[1], recipe.batch // 2
     resting = np.flatnonzero([not DIRECTIONS.keys() & text.split() for text in samples.texts])
 
     def loss_of(step: int, generator: torch.Generator) -> torch.Tensor:
         rng = np.random.default_rng([recipe.seed, step])
         chosen = rng.integers(len(samples.texts), size=recipe.batch)
         if recipe.name in RESTED:
-            chosen[: recipe.batch // 2] = rng.choice(resting, recipe.batch // 2)
+            chosen[:half] = rng.choice(resting, half)
         rows = vocabulary.rows([samples.texts[i] for i in chosen], rng)
         latents = samples.latents[chosen].flatten(0, 1)
         spread = _even(recipe.batch, 0, len(kept), rng)
         if recipe.name in FOCUS:
-            half = recipe.batch // 2
             spread = np.concatenate([_even(half, 0, len(kept), rng), _even(half, *FOCUS[recipe.name], rng)])
         steps = torch.from_numpy(spread).long().repeat_interleave(frames)
         noise = torch.randn(latents.shape, generator=generator)
