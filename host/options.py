@@ -202,6 +202,7 @@ def lora_training(
     high_noise_weight: float = 1.0,
     layers: str = "",
     noise_levels: str = ALL_ALIKE,
+    frames_seen: int = 0,
     **run: Any,
 ) -> LoraTraining:
     """Translate the widgets of Train MotionLoRA. Raises ValueError for values that cannot be used."""
@@ -210,7 +211,7 @@ def lora_training(
     check_choice("noise_levels", noise_levels, NOISE_LEVELS)
     trains = tuple(layers.replace(",", " ").split()) or (ALL_LAYERS,)
     recipe = _lora_recipe("MotionLoRA", steps, learning_rate, ceiling=high_noise_weight, trains=trains,
-                          levels=LEVELS[noise_levels], **_batches(run))  # fmt: skip
+                          levels=LEVELS[noise_levels], frames_seen=frames_seen, **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_LORAS, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     return LoraTraining(path=path, recipe=recipe, rank=rank, alpha=alpha, **clips, **_running(**run))
@@ -237,6 +238,7 @@ def module_training(
     clip_length: int,
     high_noise_weight: float = 1.0,
     noise_levels: str = ALL_ALIKE,
+    frames_seen: int = 0,
     **run: Any,
 ) -> ModuleTraining:
     """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
@@ -248,7 +250,7 @@ def module_training(
     check_choice("layout", layout, LAYOUTS)
     check_choice("noise_levels", noise_levels, NOISE_LEVELS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
-                    beta2=0.999, ceiling=high_noise_weight, levels=LEVELS[noise_levels],
+                    beta2=0.999, ceiling=high_noise_weight, levels=LEVELS[noise_levels], frames_seen=frames_seen,
                     trains=("motion_modules.",), **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..training.clips import EMPTY, Clips
 from ..training.diffusion import euler
 from .preview import chosen_frames, painter_of
+from .unet import CALLS, place_frames
 
 STEPS, GUIDANCE = 12, 5.0
 PICTURES, STRIP_WIDTH = 8, 480  # of a strip, and its width in pixels
@@ -24,6 +25,7 @@ class Samples:
 
     def __init__(self, base: Any, clips: Clips, conditions: Callable, options: dict, seed: int) -> None:
         self.base, self.conditions, self.options = base, conditions, options
+        self.frames = clips.frames
         self.captions = [*dict.fromkeys(clips.captions)][: STILLS if clips.frames == 1 else 1]
         shape = (len(self.captions) * clips.frames, *clips.latents[0].shape[1:])
         self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -36,6 +38,8 @@ class Samples:
         sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS).to(device)
         told = [self.conditions(captions) for captions in (self.captions, [EMPTY] * len(self.captions))]
         noise = self.noise.to(device)
+        if self.options.get(CALLS):  # the steps of the run may have seen fewer
+            place_frames(self.base.diffusion_model, self.options, torch.arange(self.frames))
 
         def clean_of(x: Tensor, sigma: Tensor) -> Tensor:
             levels, options = sigma.expand(len(x)), {**self.options, "sigmas": sigma[None]}

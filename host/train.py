@@ -166,6 +166,9 @@ def check_motion(model: ModelPatcher, spec: MotionSpec, name: str, how: Training
     if how.frames > spec.positions:
         raise TrainingError(f"{name} knows {spec.positions} frame positions, and frames is {how.frames}. "
                             f"Set frames to at most {spec.positions}.")  # fmt: skip
+    if how.recipe.frames_seen > how.frames:
+        raise TrainingError(f"frames_seen is {how.recipe.frames_seen}, and a clip has {how.frames} frames. Set it to "
+                            f"at most {how.frames}, or to 0 for all of them.")  # fmt: skip
 
 
 def lora_size(network: nn.Module, names: list[str], rank: int) -> int:
@@ -180,15 +183,17 @@ def run(stage: Stage, model: ModelPatcher, learned: Material, how: Training) -> 
     recipe = signed(how, learned, patchers)
     if not is_finished(how, recipe):
         clips = learned.clips()
-        images, item = how.recipe.batch * clips.frames, working_type(model.model).itemsize
-        layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], clips.frames,
+        seen = how.recipe.frames_seen or clips.frames
+        images, item = how.recipe.batch * seen, working_type(model.model).itemsize
+        layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], seen,
                            model.load_device)  # fmt: skip
         needed = run_bytes(stage.trained, layers, images, item, how.recompute)
         how.report.begin(how.path, stage.trained, needed)
         with in_place(patchers, needed), training():
-            conditions = Conditions(model, learned.contexts, clips)
+            told, conditions = (Conditions(model, learned.contexts, replace(clips, frames=count))
+                                for count in (seen, clips.frames))  # fmt: skip
             with frozen(*(patcher.model for patcher in patchers)), stage.begin() as learner:
-                loss_of = noise_loss(model.model, clips, conditions, learner.options, recipe)
+                loss_of = noise_loss(model.model, clips, told, learner.options, recipe)
                 samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)
                 learn(learner.parameters, loss_of, recipe, how, loss_scale(recipe),
                       lambda weights: write_file(how.path, learner.tensors(weights), recipe, learner.dtype),

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..training.clips import Clips, stratified
 from ..training.diffusion import LOSS_OF
 from ..training.recipe import Recipe
+from .unet import place_frames
 
 LOSS_SCALE = 4096.0  # the gradient of a mean over a whole clip is below what float16 can hold
 
@@ -55,17 +56,22 @@ def noise_loss(base: Any, clips: Clips, conditions: Conditions, options: dict, r
 
     The square of an error in the noise weighs 1 + sigma^2, at most `recipe.ceiling`: 1 is the plain loss of AnimateDiff
     and Tune-A-Video, unbounded it is the error in the velocity. The levels of a batch are spread evenly over
-    `recipe.levels` of the schedule.
+    `recipe.levels` of the schedule. Of a clip's frames `recipe.frames_seen` are in a batch, others in every batch, each
+    at its place in time; `conditions` are for as many.
     """
     sampling, device = base.model_sampling, next(base.diffusion_model.parameters()).device
     most = math.inf if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else recipe.ceiling
-    loss = LOSS_OF[recipe.loss]
+    loss, seen = LOSS_OF[recipe.loss], recipe.frames_seen or clips.frames
 
     def loss_of(number: int, generator: torch.Generator) -> Tensor:
         latents, captions = clips.draw(recipe.batch, generator)
+        if seen < clips.frames:
+            at = torch.randperm(clips.frames, generator=generator)[:seen].sort().values
+            place_frames(base.diffusion_model, options, at)
+            latents = latents.unflatten(0, (recipe.batch, -1))[:, at].flatten(0, 1)
         levels = stratified(recipe.batch, len(sampling.sigmas), generator, recipe.levels)
         noise = torch.randn(latents.shape, generator=generator).to(device)
-        sigma = sampling.sigmas.cpu()[levels].repeat_interleave(clips.frames).to(device)
+        sigma = sampling.sigmas.cpu()[levels].repeat_interleave(seen).to(device)
         spread, latents = sigma.view(-1, 1, 1, 1), latents.to(device)
         noisy = sampling.noise_scaling(spread, noise, latents)
         told = conditions(captions)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import comfy.ops
@@ -157,6 +158,22 @@ class JointNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return joint_group_norm(self.held[0], x, self.frames, host_affine)
+
+
+def place_frames(unet: UNetModel, options: dict[str, Any], positions: Tensor) -> None:
+    """Tell an inflated UNet, and the `options` it is called with, of which frames the next calls are: their places in
+    time, (f,)."""
+    count = len(positions)
+
+    def placed(call: MotionCall) -> MotionCall:
+        return replace(call, frames=count, positions=positions.to(call.positions))
+
+    for module in unet.modules():
+        if isinstance(module, MotionSlot):
+            module.call = placed(module.call)
+        elif isinstance(module, JointNorm):
+            module.frames = count
+    options[CALLS] = {number: placed(call) for number, call in options.get(CALLS, {}).items()}
 
 
 @contextmanager

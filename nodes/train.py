@@ -51,6 +51,7 @@ class TrainMotionLora(Node):
                     "published.",
                 ),
                 _levels_input(),
+                _seen_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(
@@ -149,6 +150,7 @@ class TrainMotionModule(Node):
                 ),
                 _noise_input(),
                 _levels_input(),
+                _seen_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(display_name="motion_module", tooltip="The motion module that was trained."),
@@ -270,6 +272,18 @@ def _levels_input() -> io.Input:
         optional=True,
         tooltip="At which noise levels is learned. 'half from the noisiest' takes every other one from the noisiest "
         "seventh, where it is decided which way things go. 'all alike' as published.",
+    )
+
+
+def _seen_input() -> io.Input:
+    return io.Int.Input(
+        "frames_seen",
+        default=0,
+        min=0,
+        max=4096,
+        optional=True,
+        tooltip="Frames of a clip that a step sees, each time others, at their places in time: 8 of 16 take half of "
+        "the time and memory, and the clips made later are as long as ever. 0: all of them, as published.",
     )
 
 

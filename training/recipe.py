@@ -44,6 +44,7 @@ class Recipe:
     likeness: tuple[float, ...] = field(default=(), metadata={LIKENESS: True})  # of pictures and texts as read
     trains: tuple[str, ...] = ()  # parts of the names of what learns, none for all that could
     loss: str = "mse"  # of LOSSES
+    frames_seen: int = 0  # of a clip by a step, drawn at random; 0: all
     levels: tuple[Range, ...] = ((0.0, 1.0),)  # of the schedule, from clean to noise; each gets as many samples
     optimiser: str = "AdamW"
     precision: str = ""  # type that the network computes in, empty where nobody said; what learns is float32

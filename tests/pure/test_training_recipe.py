@@ -21,7 +21,7 @@ CHANGES: dict[str, Any] = {
     "name": "other", "steps": 7, "batch": 3, "learning_rate": 0.04, "warmup": 0, "final_rate": 0.5,
     "weight_decay": 0.0, "clip_norm": 0.1, "average": 0.0, "seed": 1, "accumulate": 2, "beta2": 0.9, "ceiling": 2.0,
     "about": "other clips", "likeness": (0.1, 0.2),
-    "trains": ("to_q",), "loss": "huber", "levels": ((0.5, 1.0),), "precision": "bfloat16",
+    "trains": ("to_q",), "loss": "huber", "frames_seen": 2, "levels": ((0.5, 1.0),), "precision": "bfloat16",
     "recompute": True,
 }  # fmt: skip
 LEARNED_OTHERWISE = ("steps", "batch", "learning_rate", "warmup", "final_rate", "weight_decay", "clip_norm", "average",
