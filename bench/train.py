@@ -56,12 +56,13 @@ BOTH = ("zoom_in", "pan_left")
 
 @dataclass
 class Room:
-    """The demo models, how many clips are made, the noise levels that are learned at, and the clips so far without a
-    MotionLoRA."""
+    """The demo models, how many clips are made, the noise levels that are learned at, how many frames a step sees (0:
+    all), and the clips so far without a MotionLoRA."""
 
     bench: Bench
     count: int
     levels: str = HALF_NOISIEST
+    seen: int = 0
     still: list[Tensor] = field(default_factory=list)
 
     def references(self, camera: Camera) -> Dataset:
@@ -73,8 +74,8 @@ class Room:
 
     def learn(self, name: str, clips: Dataset, **widgets: Any) -> MotionModule:
         """The motion module with a MotionLoRA of this name, by Train MotionLoRA."""
-        levels = {"noise_levels": self.levels}
-        how = lora_training(file_name=name, **RECIPE | levels | OWN.get(name, {}) | widgets)
+        chosen = {"noise_levels": self.levels, "frames_seen": self.seen}
+        how = lora_training(file_name=name, **RECIPE | chosen | OWN.get(name, {}) | widgets)
         bench = self.bench
         return train_motion_lora(bench.unet, bench.motion(), bench.clip, bench.vae, clips, "", how)
 
@@ -250,6 +251,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for the MotionLoRAs; those that are there are not made again")
     parser.add_argument("--both", nargs=2, choices=CAMERAS, default=BOTH, help="both: the motions at once")
     parser.add_argument("--levels", choices=NOISE_LEVELS, default=HALF_NOISIEST, help="noise_levels of the node")
+    parser.add_argument("--frames-seen", type=int, default=0, help="frames_seen of the node")
     parser.add_argument("--size", type=int, default=256, help="step: pixels a side")
     parser.add_argument("--frames", type=int, default=16, help="step: frames of a clip")
     parser.add_argument("--rank", type=int, default=64, help="step: rank of the MotionLoRA")
@@ -261,7 +263,8 @@ def main(argv: list[str]) -> int:
     figures: dict[str, float] = {}
     with torch.inference_mode(), files_in(args.out), told_now_and_then():
         drawn = set(args.only) - {"step", "estimate"}
-        room = Room(Bench.open(args.weights, chosen_sampling(args)), args.clips, args.levels) if drawn else None
+        bench = Bench.open(args.weights, chosen_sampling(args)) if drawn else None
+        room = Room(bench, args.clips, args.levels, args.frames_seen) if bench else None
         for name in args.only:
             start, found = time.monotonic(), measure(room, name, args)
             figures |= found
