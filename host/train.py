@@ -190,8 +190,9 @@ def run(stage: Stage, model: ModelPatcher, learned: Material, how: Training) -> 
         needed = run_bytes(stage.trained, layers, images, item, how.recompute)
         how.report.begin(how.path, stage.trained, needed)
         with in_place(patchers, needed), training():
-            told, conditions = (Conditions(model, learned.contexts, replace(clips, frames=count))
-                                for count in (seen, clips.frames))  # fmt: skip
+            told = conditions = Conditions(model, learned.contexts, clips)
+            if seen < clips.frames:
+                told = Conditions(model, learned.contexts, replace(clips, frames=seen))
             with frozen(*(patcher.model for patcher in patchers)), stage.begin() as learner:
                 loss_of = noise_loss(model.model, clips, told, learner.options, recipe)
                 samples = Samples(model.model, clips, conditions, learner.options, recipe.seed)

@@ -282,8 +282,8 @@ def _seen_input() -> io.Input:
         min=0,
         max=4096,
         optional=True,
-        tooltip="Frames of a clip that a step sees, each time others, at their places in time: 8 of 16 take half of "
-        "the time and memory, and the clips made later are as long as ever. 0: all of them, as published.",
+        tooltip="Frames of a clip that a step sees, each time others, at their places in time: 8 of 16 take about half "
+        "of the time and less memory, and the clips made later are as long as ever. 0: all of them, as published.",
     )
 
 
