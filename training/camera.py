@@ -23,6 +23,7 @@ from ..motion_modules.errors import TrainingError
 from .dataset import Dataset, Film, Piece
 
 RATE = Fraction(8)
+CROP = 0.7  # least share of a picture's width that further clips of the same zoom or roll begin with
 
 
 class Move(str, Enum):
@@ -37,6 +38,10 @@ class Move(str, Enum):
     ROLL_CLOCKWISE = "roll clockwise"
     ROLL_ANTICLOCKWISE = "roll anticlockwise"
     RANDOM = "random"
+
+
+ALIKE = (Move.ZOOM_IN, Move.ZOOM_OUT, Move.ROLL_CLOCKWISE, Move.ROLL_ANTICLOCKWISE)
+"""Moves that see the middle of a picture, always the same way."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,14 @@ def views(move: Move, frames: int, amount: float, aspect: float, generator: torc
     return torch.stack((x, y, size, turn), dim=1)
 
 
+def cropped(windows: Tensor, generator: torch.Generator) -> Tensor:
+    """The same move inside a part of the picture, chosen at random. Shapes: as `views`."""
+    share, x, y = torch.rand(3, generator=generator).tolist()
+    size = torch.tensor(CROP + (1 - CROP) * share)
+    corner = torch.tensor([x, y]) * (1 - size)
+    return torch.cat((corner + windows[:, :2] * size, windows[:, 2:3] * size, windows[:, 3:]), dim=1)
+
+
 def _between(place: Tensor, size: Tensor) -> Tensor:
     """Centre of a window of this size, at the first edge for place 0 and at the other for 1."""
     return size / 2 + place * (1 - size)
@@ -113,10 +126,13 @@ def filmed(pictures: Tensor, windows: Tensor, size: tuple[int, int]) -> Tensor:
     return functional.avg_pool2d(seen, finer).movedim(1, 3).clamp(0, 1).contiguous()
 
 
-def camera_clip(source: Clip, work: CameraWork, generator: torch.Generator) -> Clip:
-    """A clip of `work.frames` frames of the camera's move over a clip of as many frames, or of one."""
+def camera_clip(source: Clip, work: CameraWork, generator: torch.Generator, again: bool = False) -> Clip:
+    """A clip of `work.frames` frames of the camera's move over a clip of as many frames, or of one. again: it has been
+    filmed before, and a move without chances begins with a part of the picture."""
     size = Frame(work.height, work.width).size(source.height, source.width)
     windows = views(work.move, work.frames, work.amount, size[1] / size[0], generator)
+    if again and work.move in ALIKE:
+        windows = cropped(windows, generator)
     finest = 1 / float(windows[:, 2].min())
     frame = Frame(round(size[0] * finest), round(size[1] * finest))
     step = chunk_length(frame.height, frame.width)
@@ -141,7 +157,8 @@ def camera_clips(dataset: Dataset, work: CameraWork) -> Dataset:
     for number, piece in enumerate(pieces):
         for copy in range(work.each):
             generator = torch.Generator().manual_seed((work.seed * 1_000_003 + number) * 1_009 + copy)
-            clip = camera_clip(_source(piece, 1 if work.stills else work.frames, generator), work, generator)
+            source = _source(piece, 1 if work.stills else work.frames, generator)
+            clip = camera_clip(source, work, generator, again=copy > 0)
             name = f"{piece.name} {work.move.value} {copy + 1}"
             films.append(Film(name, clip, (work.frames,), (piece.caption,)))
     return Dataset(tuple(films))

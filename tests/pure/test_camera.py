@@ -8,7 +8,17 @@ import pytest
 import torch
 from latentmotion.media.clip import Clip, clip_of_images, collect_pictures
 from latentmotion.motion_modules.errors import TrainingError
-from latentmotion.training.camera import CameraWork, Move, camera_clips, end_to_end, filmed, views
+from latentmotion.training.camera import (
+    ALIKE,
+    CROP,
+    CameraWork,
+    Move,
+    camera_clips,
+    cropped,
+    end_to_end,
+    filmed,
+    views,
+)
 from latentmotion.training.dataset import Dataset, film_of_parts
 from torch import Tensor
 
@@ -80,6 +90,24 @@ def test_no_window_leaves_the_picture(move: Move, aspect: float) -> None:
         half_x, half_y = size / 2 * (cosine + sine / aspect), size / 2 * (cosine + sine * aspect)
         for centre, half in ((x, half_x), (y, half_y)):
             assert (centre - half > -1e-5).all() and (centre + half < 1 + 1e-5).all()
+
+
+@pytest.mark.parametrize("move", ALIKE)
+def test_further_clips_of_a_zoom_or_roll_make_the_same_move_in_other_parts_of_the_picture(move: Move) -> None:
+    whole = views(move, FRAMES, 0.4, 1.0, generator())
+    parts = [cropped(whole, generator(seed)) for seed in range(20)]
+    for part in parts:
+        assert torch.allclose(part[1:, 2] / part[:-1, 2], whole[1:, 2] / whole[:-1, 2])
+        assert torch.equal(part[:, 3], whole[:, 3])
+        assert torch.allclose(part[:, :2], part[:1, :2].expand(FRAMES, 2))
+        reach = part[:, 2:3] / 2 * (part[:, 3:].cos() + part[:, 3:].sin().abs())
+        assert (part[:, :2] - reach > -1e-5).all() and (part[:, :2] + reach < 1 + 1e-5).all()
+        assert CROP - 1e-5 <= float(part[0, 2] / whole[0, 2]) <= 1
+    assert len({tuple(part[0, :3].tolist()) for part in parts}) == len(parts)
+    copies = camera_clips(still(0.5, 0.5), CameraWork(move, FRAMES, each=3, height=SIZE, width=SIZE)).films
+    first, *others = (collect_pictures(film.clip) for film in copies)
+    assert torch.equal(first, seen(move))
+    assert all((other - first).abs().max() > 0.1 for other in others)
 
 
 def test_a_window_as_large_as_the_picture_changes_nothing() -> None:
