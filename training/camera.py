@@ -23,7 +23,7 @@ from ..motion_modules.errors import TrainingError
 from .dataset import Dataset, Film, Piece
 
 RATE = Fraction(8)
-CROP = 0.7  # least share of a picture's width that further clips of the same zoom or roll begin with
+CROP = 0.7  # least share of a picture's width in which further clips of the same zoom or roll are filmed
 
 
 class Move(str, Enum):
