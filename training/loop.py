@@ -1,4 +1,4 @@
-"""One training loop: AdamW on float32 masters, warm-up and cosine decay, averaged weights, resume and cancel."""
+"""One training loop: float32 masters, warm-up and cosine decay, averaged weights, resume and cancel."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from ..motion_modules.errors import TrainingError
 from .checkpoint import load_state, save_state
+from .muon import Muon
 from .precision import Masters
 from .recipe import Recipe
 
@@ -22,6 +23,7 @@ class Stopped(Exception):
 
 LossFunction = Callable[[int, torch.Generator], torch.Tensor]
 """(number of the batch, generator seeded for that batch) -> scalar loss."""
+OPTIMISER_OF = {"AdamW": torch.optim.AdamW, "Muon": Muon}
 MOST_BAD = 20  # steps in a row whose gradients are not finite
 GOOD = 500  # steps after which a scale that was halved is doubled
 
@@ -84,7 +86,7 @@ class _Run:
         self.masters = Masters(parameters)
         tensors = self.masters.tensors
         how = {"weight_decay": recipe.weight_decay, "betas": (0.9, recipe.beta2)}
-        self.optimiser = torch.optim.AdamW(tensors.values(), lr=0.0, **how)
+        self.optimiser = OPTIMISER_OF[recipe.optimiser](tensors.values(), lr=0.0, **how)
         self.average = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         self.step = 0
         self.consistent = True  # weights, optimiser, average and step belong together

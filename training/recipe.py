@@ -13,7 +13,7 @@ from ..motion_modules.errors import TrainingError, check_choice
 from .likeness import alike
 
 LOSSES = ("mse", "huber")
-OPTIMISERS = ("AdamW",)
+OPTIMISERS = ("AdamW", "Muon")
 PRECISIONS = ("", "float32", "bfloat16", "float16")
 SAME_RESULT = "same result"  # marks what may differ between the parts of one run
 LIKENESS = "likeness"  # marks what may differ by rounding
@@ -46,7 +46,7 @@ class Recipe:
     loss: str = "mse"  # of LOSSES
     frames_seen: int = 0  # of a clip by a step, drawn at random; 0: all
     levels: tuple[Range, ...] = ((0.0, 1.0),)  # of the schedule, from clean to noise; each gets as many samples
-    optimiser: str = "AdamW"
+    optimiser: str = "AdamW"  # of OPTIMISERS
     precision: str = ""  # type that the network computes in, empty where nobody said; what learns is float32
     recompute: bool = field(default=False, metadata={SAME_RESULT: True})  # gradient checkpointing
 

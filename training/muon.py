@@ -1,0 +1,69 @@
+"""Muon: matrices move as far in all their directions, so that rare ones are learned as fast as common ones.
+
+Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the size of a step and the
+decay of the weights are those of Liu et al., arXiv 2502.16982, section 2.2, so that rates of AdamW carry over.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+MOMENTUM = 0.95
+LIKE_ADAMW = 0.2  # what the elements of AdamW's step measure, root mean square, in parts of its rate
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that brings singular values towards 1
+ITERATIONS = 5
+
+
+class Muon(torch.optim.AdamW):
+    """Steps along the orthogonal matrix nearest to the momentum; AdamW for tensors that are no matrices.
+
+    Kernels of convolutions count as matrices with a row for each output. Keeps one number for each number that is
+    trained, AdamW two. Rates and weight decay mean the same for both.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
+        every = list(tensors)
+        groups = [{"params": [t for t in every if (t.ndim > 1) == flat], "matrices": flat} for flat in (True, False)]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, betas=betas)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        (group,) = (group for group in self.param_groups if group["matrices"])
+        alike = defaultdict(list)
+        for tensor in group["params"]:
+            if tensor.grad is not None:
+                alike[tensor.flatten(1).shape].append(tensor)
+        for (rows, columns), tensors in alike.items():
+            updates = torch.stack([self._update(tensor).flatten(1) for tensor in tensors])
+            size = LIKE_ADAMW * max(rows, columns) ** 0.5 * group["lr"]
+            for tensor, update in zip(tensors, orthogonal(updates), strict=True):
+                tensor.mul_(1 - group["lr"] * group["weight_decay"])
+                tensor.sub_(update.view(tensor.shape), alpha=size)
+                tensor.grad = None  # so AdamW leaves it out
+        super().step()
+
+    def _update(self, tensor: Tensor) -> Tensor:
+        """The momentum a step ahead (Nesterov). Shapes: any -> the same."""
+        if not self.state[tensor]:  # AdamW asks every tensor for its "step" when a state is read
+            self.state[tensor] = {"step": torch.zeros(()), "momentum": torch.zeros_like(tensor)}
+        momentum = self.state[tensor]["momentum"].lerp_(tensor.grad, 1 - MOMENTUM)
+        return tensor.grad.lerp(momentum, MOMENTUM)
+
+
+def orthogonal(matrices: Tensor) -> Tensor:
+    """The nearest matrices whose singular values are alike, between 0.7 and 1.2, by Newton and Schulz's iteration.
+
+    Shapes: (n, rows, columns) -> the same.
+    """
+    a, b, c = COEFFICIENTS
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
