@@ -17,7 +17,7 @@ from ..sampling.fuse import FuseMethod
 from ..sampling.noise import NoiseKind
 from ..sampling.reuse import Guidance, Reuse
 from ..sampling.windows import PlanError, WindowPlan, WindowSchedule
-from ..training.recipe import Recipe
+from ..training.recipe import OPTIMISERS, Recipe
 from . import paths
 from .train_words import ALL_ALIKE, ALL_LAYERS, LEVELS
 
@@ -51,6 +51,7 @@ EXISTING = [GO_ON, START_OVER]
 V3_LAYOUT, V2_LAYOUT = "AnimateDiff v3", "AnimateDiff v2 (middle block too)"
 CONVOLUTION_LAYOUT = "temporal convolution (ablation)"
 NOISE_LEVELS = [*LEVELS]
+OPTIMISER_NAMES = [*OPTIMISERS]
 LAYOUTS = [V3_LAYOUT, V2_LAYOUT, CONVOLUTION_LAYOUT]
 MODULE_STATE_S = 1800.0  # the state of a motion module is some 7 GB
 
@@ -239,6 +240,7 @@ def module_training(
     high_noise_weight: float = 1.0,
     noise_levels: str = ALL_ALIKE,
     frames_seen: int = 0,
+    optimiser: str = "AdamW",
     **run: Any,
 ) -> ModuleTraining:
     """Translate the widgets of Train Motion Module: constant learning rate, no averaging, as AnimateDiff's code has it.
@@ -251,7 +253,7 @@ def module_training(
     check_choice("noise_levels", noise_levels, NOISE_LEVELS)
     recipe = Recipe("motion module", steps, learning_rate=learning_rate, warmup=0, final_rate=1.0, average=0.0,
                     beta2=0.999, ceiling=high_noise_weight, levels=LEVELS[noise_levels], frames_seen=frames_seen,
-                    trains=("motion_modules.",), **_batches(run))  # fmt: skip
+                    trains=("motion_modules.",), optimiser=optimiser, **_batches(run))  # fmt: skip
     path = paths.new_file(paths.MOTION_MODULES, file_name)
     clips = {"frames": frames, "stride": stride, "clip_length": clip_length}
     how = _running(**run) | {"save_every_s": MODULE_STATE_S}

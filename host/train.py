@@ -187,7 +187,7 @@ def run(stage: Stage, model: ModelPatcher, learned: Material, how: Training) -> 
         images, item = how.recipe.batch * seen, working_type(model.model).itemsize
         layers = layers_of(model.model.diffusion_model, stage.spec, clips.latents[0].shape[-2:], seen,
                            model.load_device)  # fmt: skip
-        needed = run_bytes(stage.trained, layers, images, item, how.recompute)
+        needed = run_bytes(stage.trained, layers, images, item, how.recompute, how.recipe.optimiser)
         how.report.begin(how.path, stage.trained, needed)
         with in_place(patchers, needed), training():
             told = conditions = Conditions(model, learned.contexts, clips)

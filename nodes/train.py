@@ -151,6 +151,7 @@ class TrainMotionModule(Node):
                 _noise_input(),
                 _levels_input(),
                 _seen_input(),
+                _optimiser_input(),
             ],
             outputs=[
                 MotionModuleSocket.Output(display_name="motion_module", tooltip="The motion module that was trained."),
@@ -284,6 +285,17 @@ def _seen_input() -> io.Input:
         optional=True,
         tooltip="Frames of a clip that a step sees, each time others, at their places in time: 8 of 16 take about half "
         "of the time and less memory, and the clips made later are as long as ever. 0: all of them, as published.",
+    )
+
+
+def _optimiser_input() -> io.Input:
+    return io.Combo.Input(
+        "optimiser",
+        options=options.OPTIMISER_NAMES,
+        default=options.OPTIMISER_NAMES[0],
+        optional=True,
+        tooltip="What turns gradients into steps. AdamW as published; Muon moves a weight matrix as far in all its "
+        "directions, so that what is rare in the clips is learned as soon as what is common.",
     )
 
 

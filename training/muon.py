@@ -2,6 +2,7 @@
 
 Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the size of a step and the
 decay of the weights are those of Liu et al., arXiv 2502.16982, section 2.2, so that rates of AdamW carry over.
+torch has a Muon from 2.9 on, which takes no kernels of convolutions; hosts run older ones too.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ MOMENTUM = 0.95
 LIKE_ADAMW = 0.2  # what the elements of AdamW's step measure, root mean square, in parts of its rate
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that brings singular values towards 1
 ITERATIONS = 5
+AT_ONCE = 2**24  # numbers in matrices that are made orthogonal together
 
 
 class Muon(torch.optim.AdamW):
     """Steps along the orthogonal matrix nearest to the momentum; AdamW for tensors that are no matrices.
 
     Kernels of convolutions count as matrices with a row for each output. Keeps one number for each number that is
-    trained, AdamW two. Rates and weight decay mean the same for both.
+    trained, AdamW two. A step takes some 30 operations for each of them and each row (or column, if there are fewer).
     """
 
     def __init__(self, tensors: Iterable[Tensor], lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
@@ -33,18 +35,24 @@ class Muon(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         (group,) = (group for group in self.param_groups if group["matrices"])
-        alike = defaultdict(list)
+        alike: dict[torch.Size, list[Tensor]] = defaultdict(list)
         for tensor in group["params"]:
             if tensor.grad is not None:
                 alike[tensor.flatten(1).shape].append(tensor)
-        for (rows, columns), tensors in alike.items():
-            updates = torch.stack([self._update(tensor).flatten(1) for tensor in tensors])
-            size = LIKE_ADAMW * max(rows, columns) ** 0.5 * group["lr"]
-            for tensor, update in zip(tensors, orthogonal(updates), strict=True):
-                tensor.mul_(1 - group["lr"] * group["weight_decay"])
-                tensor.sub_(update.view(tensor.shape), alpha=size)
-                tensor.grad = None  # so AdamW leaves it out
+        for shape, tensors in alike.items():
+            together = max(1, AT_ONCE // shape.numel())
+            for first in range(0, len(tensors), together):
+                self._move(tensors[first : first + together], group["lr"], group["weight_decay"])
         super().step()
+
+    def _move(self, tensors: list[Tensor], rate: float, decay: float) -> None:
+        """A step of tensors that are matrices of one shape."""
+        updates = orthogonal(torch.stack([self._update(tensor).flatten(1) for tensor in tensors]))
+        size = LIKE_ADAMW * max(updates.shape[1:]) ** 0.5 * rate
+        for tensor, update in zip(tensors, updates, strict=True):
+            tensor.mul_(1 - rate * decay)
+            tensor.sub_(update.view(tensor.shape), alpha=size)
+            tensor.grad = None  # so AdamW leaves it out
 
     def _update(self, tensor: Tensor) -> Tensor:
         """The momentum a step ahead (Nesterov). Shapes: any -> the same."""

@@ -45,6 +45,17 @@ def test_vectors_are_left_to_adamw():
     assert torch.equal(plain, beside)
 
 
+def test_matrices_move_alike_however_many_are_worked_on_at_once(monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for most in (1, 40, 2**20):
+        monkeypatch.setattr(muon, "AT_ONCE", most)
+        network, loss_of = _network()
+        fit(dict(network.named_parameters()), loss_of, replace(RECIPE, steps=3))
+        found.append(torch.cat([p.detach().flatten() for p in network.parameters()]))
+    torch.testing.assert_close(found[0], found[2])
+    torch.testing.assert_close(found[1], found[2])
+
+
 def test_weights_decay_and_what_has_no_gradient_stays():
     weight, still = nn.Parameter(torch.ones(4, 4)), nn.Parameter(torch.ones(4, 4))
     weight.grad = torch.zeros(4, 4)

@@ -88,6 +88,7 @@ def test_computing_twice_is_estimated_to_need_a_fraction():
     once, twice = (run_bytes(0, layers, images=16, item=2, recompute=again) for again in (False, True))
     assert twice < once / 4
     assert run_bytes(1000, [], images=1, item=4, recompute=True) == 20000
+    assert run_bytes(1000, [], images=1, item=4, recompute=True, optimiser="Muon") == 16000
 
 
 def test_attention_over_frames_is_attention():
