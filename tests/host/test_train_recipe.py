@@ -126,15 +126,17 @@ def test_half_precision_trains_inside_the_host(precision: str, folder: Path, mon
     tiny_host.assert_same_weights(module.patcher, moving)
 
 
-def test_a_module_learns_in_bfloat16(folder: Path, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("optimiser", ["AdamW", "Muon"])
+def test_a_module_learns_in_bfloat16(optimiser: str, folder: Path, monkeypatch: Any) -> None:
     model = tiny_host.sd15(**SMALL, dtype=torch.bfloat16)
     weights, recorder = tiny_host.weights(model), Recorder()
     monkeypatch.setattr(train, "TrainingProgress", recorder)
-    how = options.module_training(**MODULE | {"steps": 16, "batch_size": 4})
+    how = options.module_training(**MODULE | {"steps": 16, "batch_size": 4, "optimiser": optimiser})
     parts = (Text(), Pictures(), clip_of_a_moving_edge(), "an edge", how)
     train_stages.train_motion_module(model, *parts)
     assert sum(recorder.losses[-5:]) < 0.97 * sum(recorder.losses[:5])
     assert load_motion_module("learned.safetensors").spec.levels == (32, 64)
+    assert read_recipe(how.path)["optimiser"] == optimiser
     comfy.model_management.unload_all_models()
     tiny_host.assert_same_weights(model, weights)
 
