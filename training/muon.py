@@ -1,8 +1,8 @@
-"""Muon: matrices move as far in all their directions, so that rare ones are learned as fast as common ones.
+"""Muon: a step moves a matrix as far in all its directions.
 
 Sources: Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks"; the size of a step and the
-decay of the weights are those of Liu et al., arXiv 2502.16982, section 2.2, so that rates of AdamW carry over.
-torch has a Muon from 2.9 on, which takes no kernels of convolutions; hosts run older ones too.
+decay of the weights are those of Liu et al., arXiv 2502.16982, section 2.2, which make one learning rate serve tensors
+of all sizes. torch has a Muon from 2.9 on, which takes no kernels of convolutions; hosts run older versions too.
 """
 
 from __future__ import annotations
