@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-COPIES = 3  # weight, gradient and the averaged weight, float32 each
-MOMENTS = {"AdamW": 2, "Muon": 1}  # what an optimiser keeps of each
+from .recipe import OPTIMISERS
+
+COPIES = 3  # weight, gradient and the averaged weight, float32 each, beside what the optimiser keeps
 # Feature maps of a layer's own size that its backward pass needs while the layer's weights are fixed: inputs of norms
 # and activations, queries, keys and values, and three times the four-fold width of a feed-forward.
 KEPT = {"residual": 5.0, "transformer": 22.0, "motion": 28.0}
@@ -55,10 +56,10 @@ def run_bytes(trained: int, layers: Iterable[Layer], images: int, item: int, rec
     """Bytes of the trained weights with what belongs to them, and of what one backward pass keeps.
 
     trained: numbers that are trained. images: of one batch. item: bytes of a number of the feature maps.
-    recompute: layers keep their input only, and one at a time is computed anew. optimiser: one of `MOMENTS`.
+    recompute: layers keep their input only, and one at a time is computed anew. optimiser: of `OPTIMISERS`.
     """
     layers = list(layers)
     kept = sum(layer.size if recompute else layer.kept for layer in layers)
     own = 0.0 if recompute else 1.0  # what is kept already is not needed once more
     kept += max((layer.passing - own * layer.kept for layer in layers), default=0.0)
-    return round(trained * 4 * (COPIES + MOMENTS[optimiser]) + kept * images * item)
+    return round(trained * 4 * (COPIES + OPTIMISERS[optimiser]) + kept * images * item)

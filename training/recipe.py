@@ -13,7 +13,7 @@ from ..motion_modules.errors import TrainingError, check_choice
 from .likeness import alike
 
 LOSSES = ("mse", "huber")
-OPTIMISERS = ("AdamW", "Muon")
+OPTIMISERS = {"AdamW": 2, "Muon": 1}  # and how many numbers each keeps beside one that is trained
 PRECISIONS = ("", "float32", "bfloat16", "float16")
 SAME_RESULT = "same result"  # marks what may differ between the parts of one run
 LIKENESS = "likeness"  # marks what may differ by rounding
