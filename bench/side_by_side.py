@@ -97,5 +97,10 @@ def report(figures: dict[str, float], path: str | None) -> None:
     """Print a table; write the same figures to a JSON file where one is named."""
     for name, value in figures.items():
         print(f"{name:44} {value:12.4f}")
+    keep(figures, path)
+
+
+def keep(figures: dict[str, float], path: str | None) -> None:
+    """Write figures to a JSON file where one is named; of a run of hours what is measured so far outlives its end."""
     if path:
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")

@@ -31,10 +31,11 @@ from ..motion_modules.animatediff.checkpoint import read_motion_module
 from ..motion_modules.animatediff.lora import read_motion_lora
 from ..motion_modules.files import read_weights
 from ..sampling.travel import Interpolation
-from .side_by_side import device_name, report
+from .side_by_side import device_name, keep, report
 
 FIRST_SEED = 900_000  # no training sample is drawn from a seed like it
 CFG = 2.0
+TOLD_EVERY = 60.0  # seconds between two lines about how far a section is
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,14 @@ def images(bench: Bench, split: str, count: int) -> dict[str, float]:
 
 
 def clips(bench: Bench, model: Any, split: str, count: int, moving: bool = True) -> Made:
-    asked = captions(split, moving, count)
-    return [(words, bench.sample(model, words, FIRST_SEED + i, FRAMES)) for i, words in enumerate(asked)]
+    """Make and read clips of the captions of a split, and say now and then how many there are."""
+    made, told = [], time.monotonic()
+    for i, words in enumerate(captions(split, moving, count)):
+        made.append((words, bench.sample(model, words, FIRST_SEED + i, FRAMES)))
+        if time.monotonic() - told >= TOLD_EVERY:
+            told = time.monotonic()
+            print(f"    {len(made)} of {count} clips", flush=True)
+    return made
 
 
 def judge(made: Made) -> dict[str, float]:
@@ -230,7 +237,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), help="measure only these")
     parser.add_argument("--weights", type=Path, default=config.WEIGHTS, help="folder of the demo weights")
     sampling_options(parser, SAMPLING)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", help="write the figures to this file, after every section")
     arguments = parser.parse_args(argv)
     print(f"{arguments.clips} unseen captions and seeds")
     figures: dict[str, float] = {}
@@ -240,6 +247,7 @@ def main(argv: list[str]) -> int:
             start = time.monotonic()
             found = SECTIONS[name](bench, arguments.clips)
             figures |= found
+            keep(figures, arguments.json)
             said = ", ".join(f"{key.split('.')[-1]} {value:.3f}" for key, value in found.items())
             print(f"  {name}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
     report(figures, arguments.json)
