@@ -103,4 +103,6 @@ def report(figures: dict[str, float], path: str | None) -> None:
 def keep(figures: dict[str, float], path: str | None) -> None:
     """Write figures to a JSON file where one is named; of a run of hours what is measured so far outlives its end."""
     if path:
-        Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+        beside = Path(f"{path}.part")
+        beside.write_text(json.dumps(figures, indent=2) + "\n")
+        beside.replace(path)
