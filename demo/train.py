@@ -4,9 +4,10 @@ Stages run in order, each leaves its file in the output folder, and a stage whos
 an interrupted stage goes on where it was. Run it with OMP_NUM_THREADS=1 on a busy machine: two threads that wait
 for each other were ten times slower than one.
 
-Measured on one core of a Sapphire Rapids CPU, bfloat16: autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
-adapter 0.36 s, motion stages 1.5 s, zooms 1.8 s: nine and a quarter hours in all. `--rehearse 2` goes through all in
-minutes; no full run has. The committed weights came from stages run one by one (bench/RESULTS.md).
+Measured, bfloat16: on a core of a Sapphire Rapids CPU autoencoder 0.47 s a step, decoder 0.75 s, image stages 0.46 s,
+adapter 0.36 s; on one of a Zen 4 EPYC motion stages and zooms 0.92 s (with two threads 0.55 s), of whole clips 1.7 s:
+five hours of a core in all. `--rehearse 2` goes through all in minutes; no full run has. The committed weights came
+from stages run one by one (bench/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +30,7 @@ from ..motion_modules.animatediff.network import MotionModel, sinusoid
 from ..training.attention import over_frames
 from ..training.checkpoint import load_weights, save_weights
 from ..training.loop import Recipe, fit
-from ..training.lora import LowRankSet, attention_layers
+from ..training.lora import LowRankSet, attention_layers, published_pairs
 from ..training.precision import fast_dtype, planar_norms
 from . import autoencoder, config, control, decoder, image, motion
 from .captions import DIRECTIONS, sentences
@@ -226,17 +228,19 @@ class Studio:
         self.unet.dtype = shop.dtype
         return self
 
-    def loss(self, shop: Workshop, samples: Samples, recipe: Recipe, schedule: str, options: dict) -> Callable:
+    def loss(self, shop: Workshop, samples: Samples, recipe: Recipe, schedule: str, place: motion.Place) -> Callable:
         parts = (self.unet, self.encoder, self.vocabulary)
-        return motion.clip_loss(*parts, samples, recipe, shop.device, schedule, options)
+        return motion.clip_loss(*parts, samples, recipe, shop.device, schedule, place)
 
-
-def _save_changes(path: Path, changes: LowRankSet, weights: dict, published: list[str], recipe: dict) -> None:
-    pairs = {}
-    for name, (_, down, up) in zip(published, changes.pairs(weights), strict=True):
-        key = published_key(name)
-        pairs[f"{key}.down.weight"], pairs[f"{key}.up.weight"] = down, up
-    save_weights(path, pairs, recipe)
+    @contextmanager
+    def moving(self, module: MotionModel) -> Iterator[motion.Place]:
+        """With a motion module in its place."""
+        with (
+            planar_norms(self.unet),
+            planar_norms(module),
+            demo_models.motion_in_place(self.unet, module, FRAMES, over_frames) as place,
+        ):
+            yield place
 
 
 def train_adapter(shop: Workshop) -> None:
@@ -250,50 +254,34 @@ def train_adapter(shop: Workshop) -> None:
     adapter = LowRankSet(studio.unet, list(layers.values()), config.ADAPTER_RANK)
     samples = motion.single_frames(shop.samples(motion.CLIPS), OPENING)
     with planar_norms(studio.unet), adapter.on(studio.unet):
-        loss_of = studio.loss(shop, samples, recipe, "scaled_linear", {})
+        loss_of = studio.loss(shop, samples, recipe, "scaled_linear", lambda _: {})
         weights = shop.fit(dict(adapter.named_parameters()), loss_of, recipe)
-    _save_changes(shop.out / config.ADAPTER_FILE, adapter, weights, list(layers), asdict(recipe))
-
-
-def cohere_motion(shop: Workshop) -> None:
-    """A motion module, over the image model with its adapter, on clips: first what their frames have in common."""
-    module = MotionModel(demo_models.motion_spec())
-    motion.initialise_motion(module, torch.Generator().manual_seed(motion.COHERE.seed))
-    _fit_motion(shop, module, motion.COHERE, shop.state / "cohere")
-
-
-def lay_motion_out(shop: Workshop) -> None:
-    """Then where the shape is in each of them, which the caption says."""
-    _fit_motion(shop, read_motion(shop.state / "cohere"), motion.LAYOUT, shop.state / "layout")
-
-
-def steer_motion(shop: Workshop) -> None:
-    """Then that it goes there from the first steps of sampling on."""
-    _fit_motion(shop, read_motion(shop.state / "layout"), motion.STEER, shop.state / "steer")
+    names = {layer: name for name, layer in layers.items()}
+    save_weights(shop.out / config.ADAPTER_FILE, published_pairs(adapter, 1.0, weights, names), asdict(recipe))
 
 
 def train_motion(shop: Workshop) -> None:
-    """Then clear outlines, which suffered from it, in rounds whose ends are averaged: the mean of the weights is better
-    than any of them (model soups, Wortsman et al. 2022)."""
-    folders = [shop.state / recipe.name for recipe in motion.ROUNDS]
-    for before, folder, recipe in zip([shop.state / "steer", *folders], folders, motion.ROUNDS, strict=False):
-        if not (folder / config.MOTION_FILE).is_file():
-            _fit_motion(shop, read_motion(before), recipe, folder)
-    ends = [load_weights(folder / config.MOTION_FILE) for folder in folders[-motion.AVERAGED :]]
-    mean = {key: torch.stack([weights[key] for weights in ends]).mean(0) for key in ends[0]}
-    save_weights(shop.out / config.MOTION_FILE, mean, {"rounds": [asdict(recipe) for recipe in motion.ROUNDS]})
+    """A motion module, over the image model with its adapter, on clips."""
+    module = MotionModel(demo_models.motion_spec())
+    motion.initialise_motion(module, torch.Generator().manual_seed(motion.MOTION.seed))
+    _fit_motion(shop, module, motion.MOTION, shop.state / "motion")
+
+
+def relate_motion(shop: Workshop) -> None:
+    """Then what neighbours have in common, which frames from anywhere in a clip do not show."""
+    _fit_motion(shop, read_motion(shop.state / "motion"), motion.NEIGHBOURS, shop.state / "neighbours")
+
+
+def settle_motion(shop: Workshop) -> None:
+    """Then that shapes do not tremble."""
+    _fit_motion(shop, read_motion(shop.state / "neighbours"), motion.SETTLE, shop.out)
 
 
 def _fit_motion(shop: Workshop, module: MotionModel, recipe: Recipe, folder: Path) -> None:
     studio = Studio.read(shop.out, shop.out / config.ADAPTER_FILE).freeze(shop)
     shop.place(module)
-    samples = shop.samples(motion.CLIPS)
-    with (
-        planar_norms(studio.unet),
-        planar_norms(module),
-        demo_models.motion_in_place(studio.unet, module, FRAMES, over_frames) as options,
-    ):
-        loss_of = studio.loss(shop, samples, recipe, "linear", options)
+    with studio.moving(module) as place:
+        loss_of = studio.loss(shop, shop.samples(motion.CLIPS), recipe, "linear", place)
         weights = shop.fit(dict(module.named_parameters()), loss_of, recipe)
     save_weights(folder / config.MOTION_FILE, weights | _tables(module), asdict(recipe))
 
@@ -324,18 +312,14 @@ def _train_zoom(recipes: tuple[Recipe, ...], order: Order, file: str, shop: Work
     layers = attention_layers(module, ())
     changes = LowRankSet(module, layers, config.MOTION_LORA_RANK)
     samples = shop.samples(order)
-    with (
-        planar_norms(studio.unet),
-        planar_norms(module),
-        changes.on(module),
-        demo_models.motion_in_place(studio.unet, module, FRAMES, over_frames) as options,
-    ):
+    with changes.on(module), studio.moving(module) as place:
         for recipe in recipes:
             path = (shop.out if recipe is recipes[-1] else shop.state / recipe.name) / file
             if not path.is_file():
-                loss_of = studio.loss(shop, samples, recipe, "linear", options)
+                loss_of = studio.loss(shop, samples, recipe, "linear", place)
                 weights = shop.fit(dict(changes.named_parameters()), loss_of, recipe)
-                _save_changes(path, changes, weights, layers, asdict(recipe))
+                scale = motion.MORE[order.name] if recipe is recipes[-1] else 1.0
+                save_weights(path, published_pairs(changes, scale, weights), asdict(recipe))
             changes.take(layers, load_weights(path))
 
 
@@ -369,10 +353,9 @@ STAGES: dict[str, tuple[Callable[[Workshop], Path], Callable[[Workshop], None]]]
     "image_compose": (lambda shop: shop.state / "compose" / config.UNET_FILE, compose_image),
     "image_settle": (lambda shop: shop.out / config.UNET_FILE, settle_image),
     "adapter": (lambda shop: shop.out / config.ADAPTER_FILE, train_adapter),
-    "motion_cohere": (lambda shop: shop.state / "cohere" / config.MOTION_FILE, cohere_motion),
-    "motion_layout": (lambda shop: shop.state / "layout" / config.MOTION_FILE, lay_motion_out),
-    "motion_steer": (lambda shop: shop.state / "steer" / config.MOTION_FILE, steer_motion),
-    "motion": (lambda shop: shop.out / config.MOTION_FILE, train_motion),
+    "motion": (lambda shop: shop.state / "motion" / config.MOTION_FILE, train_motion),
+    "motion_neighbours": (lambda shop: shop.state / "neighbours" / config.MOTION_FILE, relate_motion),
+    "motion_settle": (lambda shop: shop.out / config.MOTION_FILE, settle_motion),
     "zoom_in": (lambda shop: shop.out / config.ZOOM_IN_FILE, train_zoom_in),
     "zoom_out": (lambda shop: shop.out / config.ZOOM_OUT_FILE, train_zoom_out),
     "control": (lambda shop: shop.out / config.CONTROL_FILE, train_control),

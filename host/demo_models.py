@@ -26,7 +26,7 @@ from ..motion_modules.animatediff.network import MotionModel
 from ..motion_modules.animatediff.spec import V2, MotionSpec
 from ..motion_modules.call import MotionCall
 from ..training.checkpoint import load_weights, read_recipe
-from .unet import CALLS, MotionSlot, block_of, inflated
+from .unet import CALLS, MotionSlot, block_of, inflated, place_frames
 
 TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -175,12 +175,20 @@ def motion_spec() -> MotionSpec:
 
 
 @contextmanager
-def motion_in_place(unet: UNetModel, motion: MotionModel, frames: int, attention: Callable) -> Iterator[dict]:
-    """While the context lasts `unet` makes video. Yields the transformer options its calls need."""
+def motion_in_place(unet: UNetModel, motion: MotionModel, frames: int,
+                    attention: Callable) -> Iterator[Callable[[torch.Tensor], dict]]:  # fmt: skip
+    """While the context lasts `unet` makes video. Yields a function: places in time of the frames that the next calls
+    are of, (f,), to the transformer options they need."""
     device = next(motion.parameters()).device
     positions = torch.arange(frames, dtype=torch.float32, device=device)
     call = MotionCall(frames=frames, positions=positions, attention=attention)
     slots = [(block_of(unet, motion.spec, name), MotionSlot(transformer, call))
              for name, transformer in motion.transformers().items()]
+    options = {CALLS: {0: call}}
+
+    def place(positions: torch.Tensor) -> dict:
+        place_frames(unet, options, positions)
+        return options
+
     with inflated(unet, slots, [], frames):
-        yield {CALLS: {0: call}}
+        yield place
