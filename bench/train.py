@@ -37,7 +37,7 @@ from ..host.train_words import HALF_NOISIEST
 from ..motion_modules.files import read_weights
 from ..training.dataset import Dataset
 from .camera import CAMERAS, Camera, Clip, stills
-from .side_by_side import report
+from .side_by_side import keep, report
 from .toy import FIRST_SEED, SAMPLING, Bench, captions, chosen_sampling, sampling_options
 from .train_step import estimate_errors, step_figures
 
@@ -268,6 +268,7 @@ def main(argv: list[str]) -> int:
         for name in args.only:
             start, found = time.monotonic(), measure(room, name, args)
             figures |= found
+            keep(figures, args.json)
             said = ", ".join(f"{key.split('.')[-1]} {value:.3f}" for key, value in found.items())
             print(f"  {name}: {said} ({time.monotonic() - start:.0f} s)", flush=True)
     report(figures, args.json)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import comfy.model_management
 import comfy.utils
 import pytest
@@ -53,6 +56,20 @@ def test_half_of_a_move_is_less_of_it() -> None:
     found = bench.weaker(CAMERAS["zoom_in"], half, whole, still)
     assert found["half_is_less"] == 1.0 and 0.3 < found["half_over_whole"] < 0.9
     assert bench.weaker(CAMERAS["zoom_in"], whole, half, still)["half_is_less"] == 0.0
+
+
+def test_sections_that_are_measured_outlive_one_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(room: object, name: str, args: object) -> dict[str, float]:
+        if name == "resume":
+            raise MemoryError("no room")
+        return {f"train.{name}": 1.0}
+
+    monkeypatch.setattr(bench.Bench, "open", lambda *_: None)
+    monkeypatch.setattr(bench, "measure", measure)
+    path = tmp_path / "figures.json"
+    with pytest.raises(MemoryError):
+        bench.main(["--only", "roll", "resume", "--json", str(path)])
+    assert json.loads(path.read_text()) == {"train.roll": 1.0}
 
 
 def test_a_run_is_cancelled_at_its_step() -> None:
