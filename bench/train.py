@@ -257,7 +257,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rank", type=int, default=64, help="step: rank of the MotionLoRA")
     parser.add_argument("--rounds", type=int, default=1, help="step: rounds timed after one that is not")
     sampling_options(parser, SAMPLING)
-    parser.add_argument("--json", help="write the figures to this file")
+    parser.add_argument("--json", help="write the figures to this file, after every section")
     args = parser.parse_args(argv)
     print(f"{args.clips} unseen captions and seeds")
     figures: dict[str, float] = {}
